@@ -1,0 +1,354 @@
+"""Every knob of a run, with its unit, its default and its checks. No torch, no ray: milliseconds.
+
+In: the merged mapping that `loader.py` read. Out: a frozen `RunConfig`. A value of the wrong type is
+refused, never converted; what cannot work together is refused here, before anyone asks for a GPU.
+"""
+
+import re
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict
+
+from configs.deepspeed_keys import check_deepspeed_section
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+# A key that carries this mark may differ when a run folder is started again: it changes who computes what,
+# or what is watched, never what is learnt. Every other key must be equal to the folder's own.
+CHANGEABLE: JsonDict = {"changeable_on_resume": True}
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Section(BaseModel):
+    """A section of a run file: frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """The run as a folder: its name, where it stands, who may read it."""
+
+    name: str | None = None
+    """Folder name below `root`; when null, the run file's own name. Letters, digits, '.', '_', '-'."""
+    root: str = Field(default="runs", json_schema_extra=CHANGEABLE)
+    """Folder that holds run folders; relative paths start at the current directory."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Seeds initial weights, data order and dropout; each is a pure function of it."""
+    deterministic: bool = False
+    """True: an interrupted and resumed run ends with the same bits as an undisturbed one."""
+    readable_by: Literal["owner", "group"] = Field(default="owner", json_schema_extra=CHANGEABLE)
+    """Who may read the run folder: its owner alone (0700) or the owner's group too (0750)."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str | None) -> str | None:
+        if name is not None and not NAME_PATTERN.fullmatch(name):
+            raise ValueError("a run name has 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
+        return name
+
+
+class SourceSection(Section):
+    """One source of documents."""
+
+    name: str
+    """Short name, used in the manifest and in reports."""
+    path: str
+    """A file, or a folder that is searched for files; `{stdlib}` stands for the running Python's own library."""
+    format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
+    """auto: by each file's suffix. text: a file is a document. datasets: a Hugging Face `save_to_disk` folder."""
+    pattern: str = "**/*"
+    """Which files below a folder (a glob); hidden files and folders are left out."""
+    text_field: str = "text"
+    """The field of a jsonl, parquet or datasets row that holds the text."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError("a source name has 1 to 64 letters, digits, '.', '_' or '-'")
+        return name
+
+
+class TokenizerSection(Section):
+    """The tokenizer: loaded from a file, or trained on the sources."""
+
+    path: str | None = None
+    """A `tokenizer.json` to use as it is; when null, a byte-level BPE is trained on the sources."""
+    vocabulary_size: Annotated[int, Field(ge=257)] = 32768
+    """Entries to train, special tokens included (256 bytes + 1 at least). Unused with `path`."""
+    training_bytes: PositiveInt = 100_000_000
+    """At most this much text is sampled, evenly over the work units, to train on."""
+    end_of_text: str = "<|endoftext|>"
+    """The token placed after every document; generation stops at it."""
+
+
+class DataSection(Section):
+    """Raw text to token shards: what `pretrain data build` makes."""
+
+    root: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """Folder of the built shards and their manifest; when null, `datasets/` + the name of the first source."""
+    sources: tuple[SourceSection, ...] = ()
+    """Where documents come from, at least one."""
+    tokenizer: TokenizerSection = TokenizerSection()
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    """Share of the documents kept out of training for evaluation, chosen by a hash of each document's id."""
+    work_unit_bytes: PositiveInt = 16_000_000
+    """Files are gathered into work units of about this many bytes; a unit becomes one shard."""
+    largest_document_bytes: PositiveInt = 50_000_000
+    """A larger document goes to quarantine instead of into memory."""
+    quarantine_limit: Fraction = Field(default=0.01, json_schema_extra=CHANGEABLE)
+    """The build stops when more than this share of the documents cannot be read."""
+    workers: PositiveInt | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """Ray tasks at once; when null, one per CPU. The result does not depend on it."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> "DataSection":
+        names = [source.name for source in self.sources]
+        if len(names) != len(set(names)):
+            raise ValueError(f"two sources have the same name: {names}")
+        return self
+
+    def folder(self) -> str:
+        """The dataset's folder."""
+        return self.root or f"datasets/{self.sources[0].name if self.sources else 'default'}"
+
+
+class ModelSection(Section):
+    """The decoder. The defaults are the Llama form; GPT-2 is the other end of every choice."""
+
+    vocabulary_size: PositiveInt = 32768
+    """Rows of the token table: at least the tokenizer's size, best a multiple of 64."""
+    num_layers: PositiveInt = 12
+    width: PositiveInt = 768
+    """D: features per token."""
+    num_heads: PositiveInt = 12
+    """N: query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """K: key and value heads, a divisor of `num_heads`; null: as many as query heads."""
+    head_width: PositiveInt | None = None
+    """H: features per head; null: width / num_heads."""
+    feed_forward_width: PositiveInt = 2048
+    """F: features inside the feed-forward part."""
+    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_epsilon: PositiveFloat = 1e-5
+    positions: Literal["rope", "learned", "sinusoidal"] = "rope"
+    rope_theta: PositiveFloat = 10_000.0
+    largest_context: PositiveInt = 8192
+    """Longest sequence in tokens; rows of the table when positions are learned."""
+    biases: bool = False
+    """Whether linear layers carry biases."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised per head (Qwen3's form)."""
+    tied_head: bool = False
+    """Whether the output projection is the token table itself."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of embeddings, attention weights and residual outputs dropped while training."""
+    initial_deviation: PositiveFloat = 0.02
+    """Standard deviation of initial weights; outputs into the residual are divided by sqrt(2 x layers)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """K, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def features_per_head(self) -> int:
+        """H, resolved."""
+        return self.head_width or self.width // self.num_heads
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "ModelSection":
+        if self.head_width is None and self.width % self.num_heads:
+            below = self.width // self.num_heads * self.num_heads
+            widths = " or ".join(str(width) for width in (below, below + self.num_heads) if width)
+            raise ValueError(
+                f"width {self.width} does not divide by num_heads {self.num_heads}; choose a width of {widths}, or set head_width"
+            )
+        if self.num_heads % self.kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}; choose one of {divisors}")
+        if self.positions == "rope" and self.features_per_head % 2:
+            raise ValueError(f"rotary positions need an even head width, found {self.features_per_head}")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise ValueError(f"sinusoidal positions need an even width, found {self.width}")
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov & Hutter 2019); matrices are decayed, vectors (norms, biases) are not."""
+
+    peak_lr: PositiveFloat = 3e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm; null: no clipping."""
+
+
+class ScheduleSection(Section):
+    """The learning rate as a pure function of tokens seen, as a share of `optimizer.peak_lr`."""
+
+    kind: Literal["warmup_stable_decay", "cosine"] = "warmup_stable_decay"
+    warmup_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens over which the rate rises linearly from 0 to its peak."""
+    decay_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of the final linear fall (warmup_stable_decay only); null: a fifth of the run."""
+    final_ratio: Fraction = 0.0
+    """The rate at the very end, as a share of the peak."""
+
+
+class TrainingSection(Section):
+    """How much is learnt from, in what portions."""
+
+    total_tokens: PositiveInt = 1_000_000_000
+    """Tokens to train on; rounded up to whole steps."""
+    sequence_length: PositiveInt = 2048
+    """T: tokens of one sample that are learnt from."""
+    global_batch_samples: PositiveInt = 256
+    """Samples one step (one optimizer update) learns from, over all ranks."""
+    micro_batch_samples: PositiveInt = Field(default=8, json_schema_extra=CHANGEABLE)
+    """Samples one rank feeds the engine at once: as many as fit into memory."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens one step learns from."""
+        return self.global_batch_samples * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return -(-self.total_tokens // self.tokens_per_step)
+
+    def accumulation(self, num_data_ranks: int) -> int:
+        """Micro-steps per step on each of `num_data_ranks`. Raises ValueError naming the nearest sizes that divide."""
+        portion = self.micro_batch_samples * num_data_ranks
+        if self.global_batch_samples % portion == 0:
+            return self.global_batch_samples // portion
+        below, above = self.global_batch_samples // portion * portion, -(-self.global_batch_samples // portion) * portion
+        batches = " or ".join(str(size) for size in (below, above) if size)
+        micros = [n for n in range(1, self.global_batch_samples + 1) if self.global_batch_samples % (n * num_data_ranks) == 0]
+        near = sorted(sorted(micros, key=lambda n: abs(n - self.micro_batch_samples))[:2])
+        also = f", or training.micro_batch_samples={' or '.join(map(str, near))}" if near else ""
+        ranks = "1 rank" if num_data_ranks == 1 else f"{num_data_ranks} ranks"
+        raise ValueError(
+            f"a global batch of {self.global_batch_samples} samples does not divide by {ranks} x "
+            f"{self.micro_batch_samples} samples; the nearest that do: training.global_batch_samples={batches}{also}"
+        )
+
+
+class ParallelSection(Section):
+    """How many ranks, and what each holds. None of it changes what is learnt."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(default=1, json_schema_extra=CHANGEABLE)
+    """What DeepSpeed shards over the data ranks: 1 optimizer state, 2 also gradients, 3 also weights."""
+    processes: PositiveInt | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """Ranks on this machine; null: one per GPU, or `cpu_processes` where there is none."""
+    cpu_processes: PositiveInt = Field(default=1, json_schema_extra=CHANGEABLE)
+    """Ranks on a machine without a GPU."""
+
+
+class CheckpointSection(Section):
+    """When the run is saved and how much of it is kept."""
+
+    every_steps: PositiveInt | None = Field(default=1000, json_schema_extra=CHANGEABLE)
+    """Steps between saves; null: only when stopping and at the end."""
+    keep: Annotated[int, Field(ge=2)] = Field(default=3, json_schema_extra=CHANGEABLE)
+    """Newest commits that are kept (2 at least: the older one is the fall-back)."""
+
+
+class EvaluateSection(Section):
+    """Held-out loss while training."""
+
+    every_steps: PositiveInt | None = Field(default=1000, json_schema_extra=CHANGEABLE)
+    """Steps between evaluations; null: only at the end."""
+    micro_batch_samples: PositiveInt = Field(default=8, json_schema_extra=CHANGEABLE)
+    """Samples one rank evaluates at once."""
+
+
+class WatchSection(Section):
+    """What is written down about a run, and where it is shown."""
+
+    log_every_steps: PositiveInt = Field(default=10, json_schema_extra=CHANGEABLE)
+    """Steps between rows of metrics.jsonl (and of Weights & Biases)."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", json_schema_extra=CHANGEABLE)
+    """auto: online where an API key is configured, offline elsewhere. Never a prompt."""
+    wandb_project: str = Field(default="pretrain", json_schema_extra=CHANGEABLE)
+    wandb_entity: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+
+
+class RunConfig(Section):
+    """A whole run file, resolved."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    training: TrainingSection = TrainingSection()
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """What weights and activations are computed in; the optimizer's own weights are fp32 always."""
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    watch: WatchSection = WatchSection()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, json_schema_extra=CHANGEABLE)
+    """DeepSpeed's own configuration, word for word; see `deepspeed_keys.py` for the keys that are ours."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed(cls, section: dict[str, Any]) -> dict[str, Any]:
+        check_deepspeed_section(section)
+        return section
+
+    @model_validator(mode="after")
+    def _together(self) -> "RunConfig":
+        if self.training.sequence_length > self.model.largest_context:
+            raise ValueError(
+                f"training.sequence_length {self.training.sequence_length} is longer than model.largest_context "
+                f"{self.model.largest_context}; lower the one or raise the other"
+            )
+        if self.data.tokenizer.path is None and self.data.tokenizer.vocabulary_size > self.model.vocabulary_size:
+            raise ValueError(
+                f"data.tokenizer.vocabulary_size {self.data.tokenizer.vocabulary_size} does not fit into "
+                f"model.vocabulary_size {self.model.vocabulary_size}; the model's must be at least as large"
+            )
+        total = self.training.total_steps * self.training.tokens_per_step
+        if self.schedule.kind == "cosine" and self.schedule.decay_tokens is not None:
+            raise ValueError("schedule.decay_tokens is for kind warmup_stable_decay; a cosine falls from the warm-up to the end: remove it")
+        fall = self.schedule.decay_tokens or 0
+        if self.schedule.warmup_tokens + fall > total:
+            raise ValueError(
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} + schedule.decay_tokens {fall} is more than the run's {total} tokens"
+            )
+        # Any number of ranks is a multiple of `processes`, so what does not divide here divides nowhere.
+        self.training.accumulation(self.parallel.processes or 1)
+        zero = self.deepspeed.get("zero_optimization")
+        if self.run.deterministic and isinstance(zero, dict) and cast("dict[str, Any]", zero).get("overlap_comm"):
+            raise ValueError("run.deterministic needs deepspeed.zero_optimization.overlap_comm to be false (its order of sums varies)")
+        return self
+
+
+def differing_keys(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys of two configurations that differ and may not, when `now` continues the run of `before`.
+
+    Returns: dotted key -> (value of the run folder, value asked for). Empty: the run may go on.
+    """
+
+    def walk(section: type[BaseModel], one: Any, two: Any, prefix: str) -> dict[str, tuple[Any, Any]]:
+        found: dict[str, tuple[Any, Any]] = {}
+        for key, field in section.model_fields.items():
+            old, new = getattr(one, key), getattr(two, key)
+            if old == new or field.json_schema_extra == CHANGEABLE:
+                continue
+            if isinstance(old, BaseModel) and isinstance(new, BaseModel) and type(old) is type(new):
+                found |= walk(type(old), old, new, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = (old, new)
+        return found
+
+    return walk(RunConfig, before, now, "")
