@@ -1,0 +1,219 @@
+"""When a checkpoint counts: the commit protocol, its verification, and the fall back to an older one.
+
+    checkpoints/.tmp-step-00000100-attempt-3/   every rank writes and syncs its files here
+    checkpoints/step-00000100/                  the rename is the commit; MANIFEST.json lists every file's SHA-256
+    checkpoints/rejected/                       what failed verification, moved aside, never deleted
+
+Every decision is made by rank 0 and told to the others, or agreed by all: a rank that looked for itself could see
+another file system state, and a decision of one rank before a collective is a deadlock.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as distributed
+
+from configs.durable import commit_folder, remove_folders, sha256_of_file, write_file
+from configs.errors import UserError
+from pretrain.state import TrainState
+
+MANIFEST = "MANIFEST.json"
+COMMIT_NAME = re.compile(r"step-(\d{8,})")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A committed checkpoint: its folder and what its manifest says."""
+
+    folder: Path
+    state: TrainState
+    files: dict[str, dict[str, Any]]
+    """File name -> {bytes, sha256}."""
+    identity: dict[str, str]
+    """Hashes of what the run was made from: `data`, `tokenizer`."""
+    world_size: int
+    attempt: int
+
+
+def commit_name(step: int) -> str:
+    """Folder name of a step's commit."""
+    return f"step-{step:08d}"
+
+
+def list_commits(checkpoints: Path) -> list[Path]:
+    """Folders of commits, newest step first. Order is by step, never by time stamps."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := COMMIT_NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def read_commit(folder: Path) -> Commit:
+    """The commit's manifest. Raises ValueError, naming the file, when it is missing or was changed."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        seal = content.pop("manifest_sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    if seal != _seal(content):
+        raise ValueError(f"{path}: its content does not match its own SHA-256")
+    return Commit(
+        folder, TrainState.from_json(content["state"]), content["files"], content["identity"], content["world_size"], content["attempt"]
+    )
+
+
+def check_files(commit: Commit, names: Sequence[str]) -> list[str]:
+    """Problems of some of a commit's files (missing, size, SHA-256), each naming the file."""
+    problems = []
+    for name in names:
+        path, known = commit.folder / name, commit.files[name]
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif path.stat().st_size != known["bytes"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes, the manifest says {known['bytes']}")
+        elif sha256_of_file(path) != known["sha256"]:
+            problems.append(f"{path}: its SHA-256 is not the manifest's")
+    return problems
+
+
+def verify_commit(folder: Path) -> list[str]:
+    """Every problem of one commit; empty when each byte is as it was committed. Reads every file; unpickles nothing."""
+    try:
+        commit = read_commit(folder)
+    except ValueError as error:
+        return [str(error)]
+    stray = sorted({path.name for path in folder.iterdir()} - set(commit.files) - {MANIFEST})
+    return check_files(commit, sorted(commit.files)) + [f"{folder / name}: not in the manifest" for name in stray]
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_commit(
+    checkpoints: Path,
+    state: TrainState,
+    *,
+    write_rank_files: Callable[[Path], dict[str, dict[str, Any]]],
+    identity: dict[str, str],
+    attempt: int,
+    still_ours: Callable[[], bool],
+) -> str | None:
+    """Save one step. Collective. Returns None when committed, or what went wrong (then nothing has changed).
+
+    write_rank_files: writes this rank's synced files into the given folder and returns their sizes and hashes.
+    still_ours: whether this attempt still holds the run folder; asked just before the rename (a stalled attempt
+    that wakes up after another took over must not commit).
+    """
+    rank = distributed.get_rank()
+    temporary = checkpoints / f".tmp-{commit_name(state.step)}-attempt-{attempt}"
+    final = checkpoints / commit_name(state.step)
+    problem = _on_rank_0(lambda: _prepare(checkpoints, temporary), rank)
+    files: dict[str, dict[str, Any]] = {}
+    if problem is None:
+        try:
+            files = write_rank_files(temporary)
+        except OSError as error:
+            problem = f"rank {rank}: {error}"
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, (problem, files))
+    problems = [one for one, _ in gathered if one is not None]
+    every_file = {name: known for _, mine in gathered for name, known in mine.items()}
+
+    def finish() -> None:
+        if problems:
+            raise OSError("; ".join(problems))
+        if not still_ours():
+            raise OSError(f"attempt {attempt} no longer holds {checkpoints.parent}: another attempt has taken it over")
+        content = {
+            "format": 1,
+            "state": state.to_json(),
+            "attempt": attempt,
+            "world_size": len(gathered),
+            "identity": identity,
+            "files": every_file,
+        }
+        write_file(temporary / MANIFEST, json.dumps(content | {"manifest_sha256": _seal(content)}, indent=1).encode())
+        commit_folder(temporary, final)
+
+    problem = _on_rank_0(finish, rank)
+    if problem is not None and rank == 0:
+        remove_folders([temporary])
+    return problem
+
+
+def _prepare(checkpoints: Path, temporary: Path) -> None:
+    checkpoints.mkdir(exist_ok=True)
+    remove_folders(list(checkpoints.glob(".tmp-*")))
+    temporary.mkdir()
+
+
+def _on_rank_0(act: Callable[[], None], rank: int) -> str | None:
+    """Let rank 0 act and tell all ranks what went wrong, if anything."""
+    outcome: list[str | None] = [None]
+    if rank == 0:
+        try:
+            act()
+        except OSError as error:
+            outcome = [str(error)]
+    distributed.broadcast_object_list(outcome, src=0)
+    return outcome[0]
+
+
+def newest_verified_commit(checkpoints: Path, say: Callable[[str], None]) -> Commit | None:
+    """The newest commit whose every file is intact, or None in a folder that has none. Collective.
+
+    Rank 0 chooses, each rank hashes its share of the files, all learn the verdict. A commit that fails is moved to
+    `rejected/` and said; the next older one is tried. Raises UserError when commits exist and none verifies:
+    starting from scratch there would throw the run away.
+    """
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    while True:
+        newest = list_commits(checkpoints)[:1] if rank == 0 else []
+        choice = _told_by_rank_0(str(newest[0]) if newest else None)
+        if choice is None:
+            break
+        folder = Path(choice)
+        try:
+            commit, problems = read_commit(folder), []
+            problems = check_files(commit, sorted(commit.files)[rank::world_size])
+        except ValueError as error:
+            commit, problems = None, [str(error)]
+        gathered: list[Any] = [None] * world_size
+        distributed.all_gather_object(gathered, problems)
+        problems = sorted({problem for part in gathered for problem in part})
+        if commit is not None and not problems:
+            return commit
+        if rank == 0:
+            moved = reject_commit(folder)
+            say(f"checkpoint {folder.name} is damaged and was moved to {moved}: {'; '.join(problems[:3])}. Looking for an older one.")
+    rejected = _told_by_rank_0([path.name for path in (checkpoints / "rejected").glob("*")] if rank == 0 else None)
+    if rejected:
+        raise UserError(
+            f"{checkpoints}: no checkpoint verifies ({len(rejected)} lie in {checkpoints / 'rejected'}); nothing was deleted. "
+            "Restore one of them from a backup, or start anew under another name with run.name=NAME."
+        )
+    return None
+
+
+def _told_by_rank_0(value: T) -> T:
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def reject_commit(folder: Path) -> Path:
+    """Move a commit that failed verification aside; returns where it lies now."""
+    rejected = folder.parent / "rejected"
+    rejected.mkdir(exist_ok=True)
+    number = 0
+    while (target := rejected / f"{folder.name}{f'.{number}' if number else ''}").exists():
+        number += 1
+    return folder.rename(target)

@@ -1,0 +1,261 @@
+"""The command `pretrain`: verbs, their arguments, what they print, and the exit status.
+
+Rooms are imported when a verb is called, so that `pretrain --help` answers at once.
+Exit status: 0 done; 2 the user's mistake, in one or two sentences; 75 stopped early, can be resumed; else a defect.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from configs.errors import UserError
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+    from pretrain.run.folder import RunFolder
+
+EXIT_DONE, EXIT_MISTAKE, EXIT_RESUMABLE = 0, 2, 75
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=(
+        "Text goes in, a pretrained decoder-only Transformer comes out.\n\n"
+        "Start with `pretrain demo`. Run files and overrides look the same everywhere:\n"
+        "pretrain train RUN.yaml optimizer.peak_lr=3e-4"
+    ),
+)
+data_app = typer.Typer(no_args_is_help=True, help="Token shards: build them from text, look at them, verify them.")
+config_app = typer.Typer(no_args_is_help=True, help="Run files.")
+checkpoints_app = typer.Typer(no_args_is_help=True, help="The commits of a run.")
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+app.add_typer(checkpoints_app, name="checkpoints")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="A run file, such as configs/runs/demo.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Dotted overrides, such as optimizer.peak_lr=3e-4.", show_default=False)
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, a name below runs/, or a run file.", show_default=False)]
+DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help="A folder of built shards, or a run file.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def demo(
+    corpus: Annotated[
+        Path | None, typer.Option(help="A folder, .txt, .jsonl[.gz|.zst] or .parquet to learn from instead.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the trained model continues.", show_default=False)] = None,
+) -> None:
+    """Everything, end to end, on this machine, in minutes: text, tokenizer, shards, training, a stop, a resume, a paragraph.
+
+    Example: pretrain demo --corpus my-notes/
+    """
+    from pretrain.demo import run_demo
+
+    raise typer.Exit(run_demo(corpus, prompt))
+
+
+@app.command()
+def train(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Train on this machine, on all its devices. Started again, the same file continues its run.
+
+    Example: pretrain train configs/runs/demo.yaml run.name=hot optimizer.peak_lr=1e-2
+    """
+    from configs.loader import load_config
+
+    config = load_config(run_file, overrides or [])
+    from pretrain.run.supervisor import supervise
+
+    raise typer.Exit(supervise(config, _say))
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among this many tokens.", show_default=False)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest tokens that reach this probability.", show_default=False)
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+) -> None:
+    """Let the newest checkpoint of a run continue a text, to the end-of-text token.
+
+    Example: pretrain generate runs/demo --prompt "def read_file(path):" --temperature 0.6
+    """
+    folder = _find_run(run)
+    from pretrain.write import write_text
+
+    for piece in write_text(
+        folder, prompt, say=_say, max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    ):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@config_app.command("show")
+def config_show(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print a run file as it is resolved, with every default; the output is itself a valid run file.
+
+    Example: pretrain config show configs/runs/demo.yaml training.global_batch_samples=8
+    """
+    from configs.loader import dump_config, load_config
+
+    config = load_config(run_file, overrides or [])
+    typer.echo(json.dumps(config.model_dump(mode="json"), indent=1) if as_json else dump_config(config), nl=as_json)
+
+
+@data_app.command("build")
+def data_build(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Build token shards and their manifest from the sources of a run file. A killed build goes on where it was.
+
+    Example: pretrain data build configs/runs/demo.yaml data.workers=2
+    """
+    from configs.loader import load_config
+    from pretrain.demo import build_with_progress
+
+    build_with_progress(load_config(run_file, overrides or []).data, _say)
+
+
+@data_app.command("show")
+def data_show(data: DataArgument, as_json: AsJson = False) -> None:
+    """Print what a built dataset holds: tokens, documents, bytes, by split and source, and what was left out.
+
+    Example: pretrain data show datasets/demo
+    """
+    from data_pipeline.manifest import show_dataset
+
+    _print_mapping(show_dataset(_find_data(data)), as_json)
+
+
+@data_app.command("verify")
+def data_verify(data: DataArgument, as_json: AsJson = False) -> None:
+    """Read every byte of a built dataset and compare it with the manifest. Exit status 2 when something differs.
+
+    Example: pretrain data verify datasets/demo
+    """
+    from data_pipeline.manifest import verify_dataset
+
+    folder = _find_data(data)
+    _report_problems(str(folder), verify_dataset(folder, None), as_json)
+
+
+@checkpoints_app.command("list")
+def checkpoints_list(run: RunArgument, as_json: AsJson = False) -> None:
+    """Print the commits of a run, newest first.
+
+    Example: pretrain checkpoints list runs/demo
+    """
+    folder = _find_run(run)
+    from pretrain.checkpoint.commit import list_commits, read_commit
+
+    rows: list[dict[str, Any]] = []
+    for path in list_commits(folder.checkpoints):
+        try:
+            commit = read_commit(path)
+        except ValueError as error:
+            rows.append({"name": path.name, "problem": str(error)})
+            continue
+        size = sum(known["bytes"] for known in commit.files.values())
+        rows.append({"name": path.name, **commit.state.to_json(), "bytes": size, "ranks": commit.world_size, "attempt": commit.attempt})
+    if as_json:
+        typer.echo(json.dumps(rows))
+    elif not rows:
+        typer.echo(f"{folder.checkpoints}: no commits yet")
+    for row in rows if not as_json else []:
+        known = f"{row['tokens_seen']:,} tokens, {row['bytes'] / 1e6:.1f} MB, {row['ranks']} ranks" if "bytes" in row else row["problem"]
+        typer.echo(f"{row['name']}  {known}")
+
+
+@checkpoints_app.command("verify")
+def checkpoints_verify(run: RunArgument, as_json: AsJson = False) -> None:
+    """Read every byte of every commit and compare it with its manifest. Exit status 2 when something differs.
+
+    Example: pretrain checkpoints verify runs/demo
+    """
+    folder = _find_run(run)
+    from pretrain.checkpoint.commit import list_commits, verify_commit
+
+    problems = [problem for path in list_commits(folder.checkpoints) for problem in verify_commit(path)]
+    _report_problems(f"{folder.checkpoints} ({len(list_commits(folder.checkpoints))} commits)", problems, as_json)
+
+
+def _find_run(text: str) -> "RunFolder":
+    from pretrain.run.folder import RunFolder
+
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml"):
+        from configs.loader import load_config
+
+        return RunFolder.existing(RunFolder.of(load_config(path)).path)
+    return RunFolder.existing(path if path.exists() or len(path.parts) > 1 else Path("runs") / text)
+
+
+def _find_data(path: Path) -> Path:
+    if path.suffix in (".yaml", ".yml"):
+        from configs.loader import load_config
+
+        config: RunConfig = load_config(path)
+        return Path(config.data.folder())
+    return path
+
+
+def _report_problems(what: str, problems: list[str], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"verified": what, "problems": problems}))
+    else:
+        for problem in problems:
+            typer.echo(problem)
+        typer.echo(f"{what}: {len(problems)} problems" if problems else f"{what}: every byte is as it was written")
+    if problems:
+        raise typer.Exit(EXIT_MISTAKE)
+
+
+def _print_mapping(mapping: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(mapping))
+        return
+    import yaml
+
+    typer.echo(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120), nl=False)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.UsageError as error:
+        error.show()
+        sys.exit(EXIT_MISTAKE)
+    except UserError as error:
+        _end(f"error: {error}", EXIT_MISTAKE)
+    except typer.Abort:
+        _end("interrupted", EXIT_RESUMABLE)
+    except KeyboardInterrupt:
+        _end("interrupted; the same command goes on where this one was", EXIT_RESUMABLE)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end(text: str, status: int) -> None:
+    _say(text)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the model sees: sample number -> tokens, and samples -> micro-batches."""

@@ -1,0 +1,1 @@
+"""What knows DeepSpeed: run configuration -> engine, ranks, optimizer."""

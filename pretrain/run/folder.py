@@ -1,0 +1,231 @@
+"""The run folder: what it is called, whose run it holds, who works in it now.
+
+In: a resolved configuration. Out: a folder that is this run's alone, or a refusal. One attempt works in a folder at a
+time: it holds `lease.json`, created exclusively (locks may be local to a node on shared file systems) and touched
+every few seconds.
+
+    runs/NAME/  run.yaml  environment.json  metrics.jsonl  attempts.jsonl  lease.json  checkpoints/  wandb/
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from configs.durable import write_file
+from configs.errors import UserError
+from configs.loader import dump_config, load_config
+from configs.schema import RunConfig, differing_keys
+
+BEAT_SECONDS = 5.0
+# A lease from another host counts as abandoned when nobody touched it for this long, by our own clock.
+ABANDONED_AFTER_SECONDS = 60.0
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "run.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.attempts_file = path / "attempts.jsonl"
+        self.lease_file = path / "lease.json"
+        self.environment_file = path / "environment.json"
+
+    @staticmethod
+    def of(config: RunConfig) -> "RunFolder":
+        """The folder a configuration names: `run.root` / `run.name`."""
+        return RunFolder((Path(config.run.root) / (config.run.name or "run")).resolve())
+
+    @staticmethod
+    def existing(path: Path) -> "RunFolder":
+        """A folder that holds a run. Raises UserError when it does not."""
+        folder = RunFolder(path.resolve())
+        if not folder.config_file.is_file():
+            near = [p.parent.name for p in path.parent.glob("*/run.yaml")] if path.parent.is_dir() else []
+            raise UserError(f"{path} holds no run (no run.yaml)." + (f" Runs beside it: {', '.join(sorted(near)[:8])}." if near else ""))
+        return folder
+
+    def load_config(self) -> RunConfig:
+        """The configuration the run was started with."""
+        return load_config(self.config_file)
+
+    def prepare(self, config: RunConfig) -> bool:
+        """Make the folder, or check that it holds this run. Returns whether it existed.
+
+        Raises UserError, listing the keys that differ, when it belongs to another configuration. A changed key
+        that may change (see `schema.py`) is written to `run.yaml`.
+        """
+        mode = 0o750 if config.run.readable_by == "group" else 0o700
+        existed = self.config_file.is_file()
+        if existed:
+            different = differing_keys(self.load_config(), config)
+            if different:
+                rows = "\n".join(f"  {key}: the folder has {old!r}, asked for {new!r}" for key, (old, new) in different.items())
+                raise UserError(
+                    f"{self.path} belongs to another configuration:\n{rows}\nContinue it with its own values, or start another run with run.name=NAME."
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} exists and holds no run; choose another name with run.name=NAME, or empty it.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.chmod(mode)
+        return existed
+
+    def write_description(self, config: RunConfig) -> None:
+        """Write `run.yaml` and `environment.json` (call it with the lease held)."""
+        write_file(self.config_file, dump_config(config).encode())
+        write_file(self.environment_file, (json.dumps(describe_environment(), indent=1) + "\n").encode())
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Finished attempts, oldest first; a torn last line is left out."""
+        rows = []
+        if self.attempts_file.is_file():
+            for line in self.attempts_file.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+    def record_attempt(self, row: dict[str, Any]) -> None:
+        """Append one line to `attempts.jsonl`, synced."""
+        with self.attempts_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Lease:
+    """The right to work in a run folder: held by one attempt, renewed while it lives, given back at the end.
+
+    Use as a context manager. Raises UserError on entry when another living attempt holds the folder.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self.attempt = 0
+        self.started = ""
+
+    def __enter__(self) -> "Lease":
+        while not self._take():
+            holder = _read_lease(self._folder.lease_file)
+            if holder is not None and not _is_abandoned(self._folder.lease_file, holder):
+                raise UserError(
+                    f"{self._folder.path} is in use by process {holder.get('pid')} on {holder.get('host')} (attempt "
+                    f"{holder.get('attempt')}, since {holder.get('started')}); wait for it, stop it, or start another run with run.name=NAME."
+                )
+            if holder is not None:
+                self._folder.record_attempt({**holder, "end": None, "cause": "vanished without a word"})
+            self._folder.lease_file.unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def _take(self) -> bool:
+        self.attempt = len(self._folder.attempts()) + 1
+        self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        content = {
+            "attempt": self.attempt,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "started": self.started,
+        }
+        try:
+            descriptor = os.open(self._folder.lease_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o640)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(content, file)
+        return True
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            if holds_lease(self._folder, self.attempt):
+                os.utime(self._folder.lease_file)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        if holds_lease(self._folder, self.attempt):
+            self._folder.lease_file.unlink(missing_ok=True)
+
+
+def holds_lease(folder: RunFolder, attempt: int) -> bool:
+    """Whether this attempt still holds the folder (another host may have taken it over while we were stopped)."""
+    holder = _read_lease(folder.lease_file)
+    return holder is not None and holder.get("attempt") == attempt
+
+
+def _read_lease(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:  # killed while writing it: nobody can be holding it
+        return {"attempt": None, "pid": None, "host": None}
+    return content if isinstance(content, dict) else {"attempt": None, "pid": None, "host": None}
+
+
+def _is_abandoned(path: Path, holder: dict[str, Any]) -> bool:
+    if holder.get("pid") is None:
+        return True
+    if holder.get("host") == socket.gethostname():
+        try:
+            process = psutil.Process(int(holder["pid"]))
+            return abs(process.create_time() - float(holder.get("process_started", 0))) > 2 or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+    # Clocks of two hosts may differ by hours: watch whether the file is touched, never compare its time with ours.
+    deadline, before = time.monotonic() + ABANDONED_AFTER_SECONDS, path.stat().st_mtime_ns
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        try:
+            if path.stat().st_mtime_ns != before:
+                return False
+        except FileNotFoundError:
+            return True
+    return True
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, code and hardware, for `environment.json`."""
+    versions = {}
+    for package in ("torch", "deepspeed", "ray", "datasets", "tokenizers", "wandb", "numpy", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    source = Path(__file__).parent.parent.parent
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": _git(source, "rev-parse", "HEAD"),
+        "git_changes": bool(_git(source, "status", "--porcelain")),
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    if not (folder / ".git").exists():  # an installed copy inside somebody else's repository is not that repository's code
+        return None
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,199 @@
+"""Starts the ranks of one attempt on this machine, passes signals on, maps outcomes to an exit status.
+
+In: a resolved configuration. Out: an exit status (0 done, 2 a mistake, 75 resumable, else a defect), one line in
+`attempts.jsonl`, and no process left behind. The ranks are started by torch's elastic agent; it runs in a thread,
+because in the main thread it would take the signals for itself and kill the ranks before they save.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from pretrain.run.folder import Lease, RunFolder
+from pretrain.run.outcome import EXIT_DONE, OUTCOME_FOLDER_VARIABLE, decide, read_outcomes
+from pretrain.run.signals import STOP_SIGNALS, adopt_orphans
+
+RANK_MODULE = "pretrain.train"
+
+
+def supervise(config: RunConfig, say: Callable[[str], None]) -> int:
+    """Run one attempt of a run to its end. Raises UserError before anything was started."""
+    folder = RunFolder.of(config)
+    num_processes = count_processes(config)
+    try:
+        config.training.accumulation(num_processes)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    os.umask(0o027 if config.run.readable_by == "group" else 0o077)
+    existed = folder.prepare(config)
+    with Lease(folder) as lease:
+        if existed and is_finished(folder, config):
+            say(f"{folder.path} is done: all {config.training.total_steps} steps are committed. Nothing was changed.")
+            return EXIT_DONE
+        folder.write_description(config)
+        say(f"run folder {folder.path} ({'continued, attempt ' + str(lease.attempt) if existed else 'new'}), {num_processes} processes")
+        with tempfile.TemporaryDirectory(prefix="pretrain-") as scratch:
+            status, message, steps = _run_ranks(folder, lease.attempt, num_processes, Path(scratch))
+        folder.record_attempt(
+            {
+                "attempt": lease.attempt,
+                "host": os.uname().nodename,
+                "pid": os.getpid(),
+                "started": lease.started,
+                "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "status": status,
+                "cause": message.splitlines()[0] if message else "",
+                "first_step": steps[0],
+                "last_step": steps[1],
+                "num_processes": num_processes,
+            }
+        )
+    say(message)
+    return status
+
+
+def is_finished(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether the run's last step is committed."""
+    return (folder.checkpoints / f"step-{config.training.total_steps:08d}").is_dir()
+
+
+def count_processes(config: RunConfig) -> int:
+    """Ranks to start on this machine: as configured, or one per GPU, or `cpu_processes`."""
+    if config.parallel.processes is not None:
+        return config.parallel.processes
+    import torch
+
+    return torch.cuda.device_count() or config.parallel.cpu_processes
+
+
+def rank_environment(num_processes: int, outcome_folder: Path, has_gpu: bool) -> dict[str, str]:
+    """Environment variables of the ranks; what the user set already is left alone."""
+    wanted = {
+        OUTCOME_FOLDER_VARIABLE: str(outcome_folder),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15",
+    }
+    if not has_gpu:
+        wanted |= {
+            "DS_ACCELERATOR": "cpu",
+            "GLOO_SOCKET_IFNAME": "lo",
+            # Large activations are otherwise returned to the kernel and faulted in anew at every step (measured: 10 %).
+            "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+            "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+        }
+    return {key: os.environ.get(key, value) if key != OUTCOME_FOLDER_VARIABLE else value for key, value in wanted.items()}
+
+
+def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Path) -> tuple[int, str, tuple[int, int]]:
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    outcomes = scratch / "outcomes"
+    outcomes.mkdir()
+    os.environ.update(rank_environment(num_processes, outcomes, torch.cuda.is_available()))
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=f"pretrain-{os.getpid()}-{attempt}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    failures: list[BaseException] = []
+
+    def launch_agent() -> None:
+        try:
+            elastic_launch(launch, sys.executable)("-m", RANK_MODULE, str(folder.path), str(attempt))
+        except BaseException as error:  # told to the main thread, which decides
+            failures.append(error)
+
+    adopt_orphans()
+    agent = threading.Thread(target=launch_agent, name="elastic agent")
+    with _PassSignalsOn():
+        agent.start()
+        while agent.is_alive():
+            agent.join(0.2)
+    _end_descendants()
+    signals: dict[int, int] = {}
+    for error in failures:
+        if isinstance(error, ChildFailedError):
+            signals |= {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
+        else:
+            raise error
+    records = read_outcomes(outcomes)
+    status, message = decide(records, signals)
+    first = min((record.first_step for record in records.values()), default=0)
+    last = max((record.last_step for record in records.values()), default=0)
+    return status, _shorten(message), (first, last)
+
+
+def _shorten(message: str) -> str:
+    """A traceback without the frames of libraries that only pass a call on."""
+    return re.sub(r"\n{3,}", "\n\n", message.strip())
+
+
+class _PassSignalsOn:
+    """While active, a stop signal goes on to every rank; the third one ends them at once."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "_PassSignalsOn":
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count == 1:
+            text = "stopping after this step, then saving"
+        elif self._count == 2:
+            text = "still stopping; once more ends the run without saving"
+        else:
+            text = "ending at once; the last checkpoint stands"
+        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
+        for child in psutil.Process().children():
+            try:
+                child.send_signal(signal.SIGTERM if self._count < 3 else signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _end_descendants() -> None:
+    """End what the ranks left behind (a tracker's helper whose rank was killed), by process id."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        try:
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(left, timeout=5)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,35 @@
+"""Where a run stands: the few integers that, with the run file and the data, determine everything else."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Advances once per step (one optimizer update), also on a step that DeepSpeed skipped."""
+
+    step: int = 0
+    samples_seen: int = 0
+    """The position in the data: sample number -> tokens is a pure function, so one integer is enough."""
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    """Steps whose update DeepSpeed did not apply (a gradient was not finite)."""
+
+    def advance(self, num_samples: int, num_tokens: int, applied: bool) -> "TrainState":
+        """The state after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples_seen=self.samples_seen + num_samples,
+            tokens_seen=self.tokens_seen + num_tokens,
+            skipped_steps=self.skipped_steps + (0 if applied else 1),
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """A mapping that `TrainState(**mapping)` reads back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(mapping: dict[str, Any]) -> "TrainState":
+        """The inverse of `to_json`."""
+        return TrainState(**{key: int(value) for key, value in mapping.items()})

@@ -1,0 +1,1 @@
+"""What is measured, where it is written, where it is shown."""

@@ -1,0 +1,59 @@
+"""A run in the terminal: a bar with loss, tokens per second and time left; lines where there is no terminal."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_SECONDS = 10.0
+
+
+class ProgressReport:
+    """Shows steps as they pass, on rank 0. Use as a context manager."""
+
+    def __init__(self, total_steps: int, done_steps: int, visible: bool) -> None:
+        self._total, self._start, self._visible = total_steps, done_steps, visible
+        self._began = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if visible and sys.stderr.isatty():
+            columns = (
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+            self._task = self._bar.add_task("", total=total_steps, completed=done_steps)
+
+    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """A step has passed."""
+        if not self._visible:
+            return
+        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif time.monotonic() - self._said >= LINE_EVERY_SECONDS or step == self._total:
+            self._said = time.monotonic()
+            left = (self._said - self._began) / max(1, step - self._start) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {text}  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self._visible:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "ProgressReport":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
