@@ -123,7 +123,7 @@ def data_build(run_file: RunFile, overrides: Overrides = None) -> None:
     Example: pretrain data build configs/runs/demo.yaml data.workers=2
     """
     from configs.loader import load_config
-    from pretrain.demo import build_with_progress
+    from pretrain.build import build_with_progress
 
     build_with_progress(load_config(run_file, overrides or []).data, _say)
 

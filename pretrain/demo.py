@@ -9,21 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from configs.durable import write_file
 from configs.errors import UserError
 from configs.loader import PACKAGED, dump_config, load_config
-from configs.schema import DataSection, RunConfig, differing_keys
+from configs.schema import RunConfig, differing_keys
 from data_pipeline.manifest import load_manifest
 from data_pipeline.shards import Shard
 from data_pipeline.tokenizer import load_tokenizer
+from pretrain.build import build_with_progress
 from pretrain.checkpoint.commit import list_commits, read_commit
 from pretrain.run.folder import RunFolder
 from pretrain.run.outcome import EXIT_DONE, EXIT_RESUMABLE
@@ -86,37 +84,6 @@ def run_demo(corpus: Path | None, prompt: str | None) -> int:
         f"  pretrain train {_short(run_file)} run.name=longer training.total_tokens={4 * config.training.total_tokens}"
     )
     return EXIT_DONE
-
-
-def build_with_progress(data: DataSection, say: Callable[[str], Any]) -> None:
-    """Build a dataset with a bar in a terminal, and say what came out."""
-    from data_pipeline.build import build_dataset
-
-    began = time.monotonic()
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(), console=console,
-        disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        tasks: dict[str, Any] = {}
-
-        def report(progress: Any) -> None:
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.total)
-                if not console.is_terminal:
-                    say(f"{progress.stage} ...")
-            bar.update(tasks[progress.stage], completed=progress.done, total=progress.total)
-
-        result = build_dataset(data, report)
-    manifest = load_manifest(Path(data.folder()))
-    tokens = sum(shard.num_tokens for split in ("train", "held_out") for shard in manifest.shards(split))
-    num_bytes = sum(shard.num_bytes for split in ("train", "held_out") for shard in manifest.shards(split))
-    if result.outcome == "unchanged":
-        say(f"{data.folder()} is built from this input already: nothing to do.")
-    say(
-        f"{data.folder()}: {tokens:,} tokens from {num_bytes:,} bytes ({num_bytes / max(1, tokens):.2f} bytes per token), {time.monotonic() - began:.0f} s"
-    )
 
 
 def held_out_text(dataset: Path, end_of_text: str) -> bytes:

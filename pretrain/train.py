@@ -34,7 +34,7 @@ from pretrain.run.signals import StopRequest, end_with_parent
 from pretrain.state import TrainState
 from pretrain.watch.evaluate import evaluate
 from pretrain.watch.journal import Journal
-from pretrain.watch.metrics import Verdicts
+from pretrain.watch.verdicts import Verdicts
 
 
 def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop: StopRequest) -> Outcome:

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The conductors.
     "pretrain.cli": PACKAGES,
     "pretrain.demo": PACKAGES,
+    "pretrain.build": PACKAGES,
     "launch": ("configs",),
 }
 

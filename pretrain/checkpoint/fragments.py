@@ -15,11 +15,13 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from deepspeed import DeepSpeedEngine
 from safetensors import safe_open
+
+if TYPE_CHECKING:  # reading a checkpoint needs no DeepSpeed
+    from deepspeed import DeepSpeedEngine
 
 WEIGHT = "weight"
 
@@ -43,7 +45,7 @@ class OwnedSlice:
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)
 
 
-def torch_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+def torch_optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
     """The optimizer inside DeepSpeed's wrappers, whose `state` holds the moments."""
     optimizer = _wrapper(engine)
     while hasattr(optimizer, "optimizer"):
@@ -51,12 +53,12 @@ def torch_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _wrapper(engine: DeepSpeedEngine) -> Any:
+def _wrapper(engine: "DeepSpeedEngine") -> Any:
     """DeepSpeed's own optimizer, whose insides no type describes."""
     return engine.optimizer
 
 
-def owned_slices(engine: DeepSpeedEngine) -> list[OwnedSlice]:
+def owned_slices(engine: "DeepSpeedEngine") -> list[OwnedSlice]:
     """Every slice this rank holds. At stage 0 each rank holds everything."""
     optimizer, names = _wrapper(engine), engine.param_names
     slices: list[OwnedSlice] = []
@@ -86,7 +88,9 @@ def owned_slices(engine: DeepSpeedEngine) -> list[OwnedSlice]:
     return slices
 
 
-def write_fragments(engine: DeepSpeedEngine, folder: Path, rank: int, world_size: int, extra: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def write_fragments(
+    engine: "DeepSpeedEngine", folder: Path, rank: int, world_size: int, extra: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Write this rank's `rank_R.safetensors` and `rank_R.json` into `folder`, synced. Not a collective.
 
     The body is streamed slice by slice and hashed on the way (the safetensors library writes only from whole
@@ -198,7 +202,7 @@ class FragmentIndex:
 
 
 @torch.no_grad()
-def read_fragments(engine: DeepSpeedEngine, folder: Path) -> None:
+def read_fragments(engine: "DeepSpeedEngine", folder: Path) -> None:
     """Fill the engine's fp32 weights and moments from a verified commit, then derive the live weights. Collective.
 
     Raises ValueError when the commit's parameters are not the model's.
@@ -226,7 +230,7 @@ def read_fragments(engine: DeepSpeedEngine, folder: Path) -> None:
     _refresh_weights(engine)
 
 
-def _refresh_weights(engine: DeepSpeedEngine) -> None:
+def _refresh_weights(engine: "DeepSpeedEngine") -> None:
     """Live (low-precision) weights := fp32 weights, on every rank, the way DeepSpeed itself does it after a step."""
     optimizer = _wrapper(engine)
     if engine.zero_optimization_stage() == 3:

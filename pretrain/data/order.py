@@ -34,7 +34,8 @@ class Permutation:
         self.size = size
         key = int.from_bytes(hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()[:16], "big")
         random = np.random.Philox(key=key)
-        self._whole = np.random.Generator(random).permutation(size) if size < WHOLE_PERMUTATION_BELOW else None
+        # Raw words, sorted: numpy promises the words for ever (NEP 19), but not what its Generator makes of them.
+        self._whole = np.argsort(random.random_raw(size), kind="stable") if size < WHOLE_PERMUTATION_BELOW else None
         bits = max(2, (size - 1).bit_length())
         self._low_bits = np.uint64(bits // 2)
         self._low_mask = np.uint64((1 << (bits // 2)) - 1)

@@ -30,7 +30,7 @@ from pretrain.engine.parallel import Layout
 def deepspeed_config(config: RunConfig, num_data_ranks: int) -> dict[str, Any]:
     """The configuration DeepSpeed is given. Raises ValueError when the batch does not divide over the ranks."""
     settings = copy.deepcopy(config.deepspeed)
-    zero = settings.setdefault("zero_optimization", {})
+    zero = settings["zero_optimization"] = settings.get("zero_optimization") or {}  # null: a heading with nothing below
     zero["stage"] = config.parallel.zero_stage
     if config.run.deterministic:
         zero["overlap_comm"] = False

@@ -74,7 +74,8 @@ class RunFolder:
             if different:
                 rows = "\n".join(f"  {key}: the folder has {old!r}, asked for {new!r}" for key, (old, new) in different.items())
                 raise UserError(
-                    f"{self.path} belongs to another configuration:\n{rows}\nContinue it with its own values, or start another run with run.name=NAME."
+                    f"{self.path} belongs to another configuration:\n{rows}\n"
+                    "Continue it with its own values, or start another run with run.name=NAME."
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} exists and holds no run; choose another name with run.name=NAME, or empty it.")
@@ -125,7 +126,8 @@ class Lease:
             if holder is not None and not _is_abandoned(self._folder.lease_file, holder):
                 raise UserError(
                     f"{self._folder.path} is in use by process {holder.get('pid')} on {holder.get('host')} (attempt "
-                    f"{holder.get('attempt')}, since {holder.get('started')}); wait for it, stop it, or start another run with run.name=NAME."
+                    f"{holder.get('attempt')}, since {holder.get('started')}); wait for it, stop it, or start another run "
+                    "with run.name=NAME."
                 )
             if holder is not None:
                 self._folder.record_attempt({**holder, "end": None, "cause": "vanished without a word"})

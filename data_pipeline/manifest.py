@@ -1,0 +1,266 @@
+"""The manifest: what was built, from what, with what. It is written last, so where it stands the build is finished.
+
+In: a dataset's folder. Out: its `Manifest`, a check of every byte, a summary for people. Nothing in it depends on when,
+where or by how many workers the dataset was built: equal input gives an equal file.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from configs.durable import sha256_of_file, write_file
+from configs.errors import UserError
+from data_pipeline.shards import Shard
+from data_pipeline.tokenizer import load_tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+UNITS = "units"
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+BLOCK_TOKENS = 1 << 22
+SAMPLE_CHARACTERS = 400
+
+
+class Record(BaseModel):
+    """A frozen part of the manifest that knows all its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FileRecord(Record):
+    """A file of the dataset."""
+
+    bytes: int
+    sha256: str
+
+
+class InputRecord(Record):
+    """A file that was read."""
+
+    source: str
+    file: str
+    """Path below the source's root, with `/`."""
+    bytes: int
+    sha256: str
+
+
+class Counts(Record):
+    """Tokens (end-of-text tokens included), documents, and bytes of their text in UTF-8."""
+
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_documents=self.num_documents + other.num_documents,
+            num_bytes=self.num_bytes + other.num_bytes,
+        )
+
+
+class ShardRecord(Counts):
+    """A shard: `<folder>/<name>.bin`, `.idx` and `.documents.parquet`."""
+
+    name: str
+    """The shard's prefix, relative to the dataset's folder."""
+    files: dict[str, FileRecord]
+    """By path relative to the dataset's folder."""
+    sources: dict[str, Counts]
+    """How much of it each source gave."""
+
+
+class DocumentCounts(Record):
+    """What became of every document: read == kept + the sum of quarantined."""
+
+    read: int = 0
+    kept: int = 0
+    quarantined: dict[str, int] = {}
+    """By reason."""
+
+    def __add__(self, other: "DocumentCounts") -> "DocumentCounts":
+        total = Counter(self.quarantined) + Counter(other.quarantined)
+        return DocumentCounts(read=self.read + other.read, kept=self.kept + other.kept, quarantined=dict(sorted(total.items())))
+
+
+class Manifest(Record):
+    """Everything that training needs to know about a dataset, and everything that made it what it is."""
+
+    format_version: int
+    tokenizer_sha256: str
+    vocabulary_size: int
+    """Highest id + 1, added tokens included."""
+    end_of_text: str
+    end_of_text_id: int
+    """The id behind every document."""
+    dtype: str
+    """Of the token ids: uint16 or int32."""
+    configuration: dict[str, Any]
+    """The `data` section, resolved, without the keys that change nothing."""
+    documents: DocumentCounts
+    inputs: tuple[InputRecord, ...]
+    """Every file that was read, in order."""
+    splits: dict[Split, tuple[ShardRecord, ...]]
+
+    def shards(self, split: Split) -> tuple[ShardRecord, ...]:
+        """The shards of a split in their order; none of them is empty."""
+        return self.splits[split]
+
+    def total(self, split: Split) -> Counts:
+        """Tokens, documents and bytes of a split."""
+        return sum((_counts(shard) for shard in self.shards(split)), Counts())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`: from here on the dataset is finished. Raises OSError."""
+    content = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    write_file(folder / MANIFEST, content.encode("utf-8"))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read a dataset's manifest. Raises UserError: no such dataset, an unfinished or a damaged one."""
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        finished = len(list((folder / UNITS).glob("[0-9]*"))) if (folder / UNITS).is_dir() else 0
+        if finished:
+            raise UserError(
+                f"{folder}: this dataset is unfinished: {finished} work units are there, but no {MANIFEST}; "
+                "`pretrain data build RUN.yaml` continues it."
+            ) from None
+        raise UserError(f"{folder}: no dataset is here (no {MANIFEST}); build it with `pretrain data build RUN.yaml`.") from None
+    try:
+        found = json.loads(content)
+        if isinstance(found, dict) and found.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {found['format_version']}, this program reads {FORMAT_VERSION}; "
+                "build the dataset again into another data.root."
+            )
+        return Manifest.model_validate_json(content, strict=True)
+    except (ValueError, ValidationError) as error:
+        raise UserError(f"{path}: not a manifest ({str(error).splitlines()[0]}); delete {folder} and build it again.") from None
+
+
+def manifest_hash(folder: Path) -> str:
+    """SHA-256 of `manifest.json`: it names every byte of the dataset. Raises UserError when there is none."""
+    load_manifest(folder)
+    return sha256_of_file(folder / MANIFEST)
+
+
+def verify_dataset(folder: Path, progress: Callable[[int], None] | None = None) -> list[str]:
+    """Read every byte of a dataset and say what is wrong with it, a sentence per problem; an empty list: nothing.
+
+    `progress` is called with the bytes checked since its last call. Raises UserError as `load_manifest` does.
+    """
+    manifest = load_manifest(folder)
+    problems: list[str] = []
+    tell = progress or (lambda _: None)
+    problems += _verify_file(folder, TOKENIZER, None, manifest.tokenizer_sha256, tell)
+    for split in SPLITS:
+        for shard in manifest.shards(split):
+            for name, record in shard.files.items():
+                problems += _verify_file(folder, name, record.bytes, record.sha256, tell)
+            problems += _verify_tokens(folder, shard, manifest)
+    kept = sum(manifest.total(split).num_documents for split in SPLITS)
+    counts = manifest.documents
+    if counts.kept != kept or counts.read != kept + sum(counts.quarantined.values()):
+        problems.append(f"{MANIFEST}: its counts of documents do not add up")
+    return problems
+
+
+def dataset_bytes(manifest: Manifest) -> int:
+    """Bytes of all shard files: what `verify_dataset` will read, but for the tokenizer."""
+    return sum(record.bytes for split in SPLITS for shard in manifest.shards(split) for record in shard.files.values())
+
+
+def show_dataset(folder: Path) -> dict[str, Any]:
+    """A summary for `pretrain data show`, ready for JSON. Raises UserError when the dataset is missing or damaged."""
+    manifest = load_manifest(folder)
+    both = manifest.total("train") + manifest.total("held_out")
+    return {
+        "folder": str(folder),
+        "sha256": sha256_of_file(folder / MANIFEST),
+        "tokenizer": {
+            "sha256": manifest.tokenizer_sha256,
+            "vocabulary_size": manifest.vocabulary_size,
+            "end_of_text": manifest.end_of_text,
+            "end_of_text_id": manifest.end_of_text_id,
+            "dtype": manifest.dtype,
+        },
+        "documents": manifest.documents.model_dump(),
+        "inputs": {"num_files": len(manifest.inputs), "num_bytes": sum(record.bytes for record in manifest.inputs)},
+        "total": _summary([both]),
+        "splits": {
+            split: {
+                **_summary([manifest.total(split)]),
+                "num_shards": len(manifest.shards(split)),
+                "sources": {
+                    name: _summary(shard.sources[name] for shard in manifest.shards(split) if name in shard.sources)
+                    for name in sorted({name for shard in manifest.shards(split) for name in shard.sources})
+                },
+            }
+            for split in SPLITS
+        },
+        "sample": _sample(folder, manifest),
+    }
+
+
+def _counts(counts: Counts) -> Counts:
+    return Counts(num_tokens=counts.num_tokens, num_documents=counts.num_documents, num_bytes=counts.num_bytes)
+
+
+def _summary(counts: Iterable[Counts]) -> dict[str, Any]:
+    total = sum(counts, Counts())
+    ratio = round(total.num_bytes / total.num_tokens, 4) if total.num_tokens else None
+    return {**total.model_dump(), "bytes_per_token": ratio}
+
+
+def _sample(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The start of the first document of the training split, decoded."""
+    for record in manifest.shards("train"):
+        tokens = Shard(folder / record.name).document(0)[:SAMPLE_CHARACTERS]
+        text = load_tokenizer(folder / TOKENIZER, manifest.end_of_text).decode(tokens.tolist(), skip_special_tokens=False)
+        return {"shard": record.name, "text": text[:SAMPLE_CHARACTERS]}
+    return None
+
+
+def _verify_file(folder: Path, name: str, size: int | None, sha256: str, tell: Callable[[int], None]) -> list[str]:
+    path = folder / name
+    try:
+        found = path.stat().st_size
+        if size is not None and found != size:
+            return [f"{name}: {found} bytes, the manifest has {size}"]
+        digest = sha256_of_file(path)
+    except FileNotFoundError:
+        return [f"{name}: missing"]
+    except OSError as error:
+        return [f"{name}: cannot be read: {error}"]
+    tell(found)
+    return [] if digest == sha256 else [f"{name}: its SHA-256 differs from the manifest's; at least one bit has changed"]
+
+
+def _verify_tokens(folder: Path, record: ShardRecord, manifest: Manifest) -> list[str]:
+    try:
+        shard = Shard(folder / record.name)
+    except UserError as error:
+        return [str(error)]
+    problems: list[str] = []
+    if str(shard.tokens.dtype) != manifest.dtype:
+        problems.append(f"{record.name}: its tokens are {shard.tokens.dtype}, the manifest has {manifest.dtype}")
+    if (shard.num_tokens, shard.num_documents) != (record.num_tokens, record.num_documents):
+        problems.append(f"{record.name}: {shard.num_tokens} tokens in {shard.num_documents} documents; the manifest has others")
+    blocks = (shard.tokens[start : start + BLOCK_TOKENS] for start in range(0, shard.num_tokens, BLOCK_TOKENS))
+    if any(int(block.max()) >= manifest.vocabulary_size or int(block.min()) < 0 for block in blocks):
+        problems.append(f"{record.name}.bin: holds token ids outside the vocabulary of {manifest.vocabulary_size}")
+    ends = shard.document_starts[1:] - 1
+    if shard.num_documents and not np.all(shard.tokens[ends] == manifest.end_of_text_id):
+        problems.append(f"{record.name}.bin: a document does not end with the end-of-text token")
+    return problems

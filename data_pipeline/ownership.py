@@ -1,0 +1,91 @@
+"""One build at a time in a dataset's folder.
+
+In: the folder. Out: a token that names this build; a second build is refused, naming the first. The lock is the
+operating system's, so it ends with its process, however that ended; the file beside it is for people, and for clearing
+up what a killed build left elsewhere. (On a shared file system without `flock` between nodes it holds on one node only.)
+"""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from configs.durable import write_file
+from configs.errors import UserError
+
+OWNER = ".owner.json"
+LOCK = ".lock"
+SCRATCH_PREFIX = "pretrain-"
+
+
+@contextmanager
+def own_folder(folder: Path) -> Generator[str, None, None]:
+    """Hold a folder for one build; gives the token that `is_owned_by` knows. Raises UserError when another build holds it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = _read_owner(folder)
+        raise UserError(
+            f"{folder}: another build is at work there (process {owner.get('pid', '?')} on {owner.get('host', '?')}); "
+            "wait until it is done, or choose another data.root."
+        ) from None
+    try:
+        _clear_scratch(_read_owner(folder))
+        token = secrets.token_hex(8)
+        _write_owner(folder, token, None)
+        yield token
+        (folder / OWNER).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+@contextmanager
+def scratch_folder(folder: Path, token: str) -> Generator[Path, None, None]:
+    """A private temporary folder (0700) outside `folder`, removed at the end, or by the next build if this one is killed.
+
+    Its path is short: Ray puts sockets below it, and the path of a socket has at most 107 bytes.
+    """
+    below = tempfile.gettempdir()
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=below if len(os.fsencode(below)) <= 18 else "/tmp"))
+    try:
+        _write_owner(folder, token, scratch)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_owned_by(folder: Path, token: str) -> bool:
+    """Whether the build `token` still holds the folder: a worker that outlived its build must not commit anything."""
+    return _read_owner(folder).get("token") == token
+
+
+def _write_owner(folder: Path, token: str, scratch: Path | None) -> None:
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": token, "scratch": scratch and str(scratch)}
+    write_file(folder / OWNER, json.dumps(owner).encode())
+
+
+def _read_owner(folder: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads((folder / OWNER).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _clear_scratch(owner: dict[str, Any]) -> None:
+    """Remove the temporary folder of a build that was killed here: we hold its lock, so it is gone."""
+    scratch = owner.get("scratch")
+    if owner.get("host") != socket.gethostname() or not isinstance(scratch, str):
+        return
+    path = Path(scratch)
+    if path.name.startswith(SCRATCH_PREFIX) and path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid():
+        shutil.rmtree(path, ignore_errors=True)

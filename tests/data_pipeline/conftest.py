@@ -1,0 +1,109 @@
+"""A small corpus, builds in this process, and one Ray for all tests that need it."""
+
+import hashlib
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import DataSection, SourceSection, TokenizerSection
+from data_pipeline.build import BuildResult, Progress, build_dataset
+from data_pipeline.execution import run_here
+
+SEED = 20261122
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "naïve",
+    "東京",
+    "emoji",
+    "🦊",
+    "and",
+    "NUL\x00",
+    "come\r\n",
+    "along",
+    "12",
+    "345",
+    "times",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """24 text files of about 4 kB in two folders; the same in every test."""
+    print(f"seed {SEED}")
+    chosen = random.Random(SEED)
+    folder = tmp_path / "corpus"
+    for number in range(24):
+        path = folder / ("even" if number % 2 == 0 else "odd") / f"text-{number:02d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(" ".join(chosen.choices(WORDS, k=600)).encode())
+    return folder
+
+
+@pytest.fixture
+def data_for(tmp_path: Path) -> Callable[..., DataSection]:
+    """A `data` section for a folder of small files: a tiny vocabulary and units of some 20 kB."""
+
+    def make(path: Path, root: str = "dataset", **changes: Any) -> DataSection:
+        source = {key: changes.pop(key) for key in ("format", "pattern", "text_field") if key in changes}
+        settings: dict[str, Any] = {
+            "root": str(tmp_path / root),
+            "sources": (SourceSection(name="mine", path=str(path), **source),),
+            "tokenizer": TokenizerSection(vocabulary_size=400, training_bytes=50_000),
+            "held_out_fraction": 0.2,
+            "work_unit_bytes": 20_000,
+            "workers": 2,
+        }
+        return DataSection(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def build() -> Callable[[DataSection], BuildResult]:
+    """Build in this process."""
+    return lambda data: build_dataset(data, ignore_progress, run_here)
+
+
+@pytest.fixture
+def hashes() -> Callable[[Path], dict[str, str]]:
+    """SHA-256 of every file of a dataset but those of the lock."""
+
+    def of(folder: Path) -> dict[str, str]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".owner.json"))
+        return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def two_workers() -> Iterator[None]:
+    """A Ray of two CPUs that builds find running."""
+    import ray
+
+    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        (Path(scratch) / "token").write_text("0" * 64)
+        patch.setenv("RAY_AUTH_TOKEN_PATH", f"{scratch}/token")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False, _temp_dir=scratch)
+        yield
+        ray.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def ignore_progress(progress: Progress) -> None:
+    pass
