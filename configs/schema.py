@@ -307,6 +307,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "RunConfig":
+        if self.precision == "bf16" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 with parallel.zero_stage 0 keeps no fp32 weights that could be resumed exactly (DeepSpeed has another "
+                "optimizer there); use zero_stage 1, which on one rank costs the same, or precision fp32"
+            )
         if self.training.sequence_length > self.model.largest_context:
             raise ValueError(
                 f"training.sequence_length {self.training.sequence_length} is longer than model.largest_context "

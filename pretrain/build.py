@@ -18,10 +18,8 @@ def build_with_progress(data: DataSection, say: Callable[[str], Any]) -> None:
     """Build a dataset with a bar in a terminal, and say what came out."""
     began = time.monotonic()
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(), console=console,
-        disable=not console.is_terminal,
-    )  # fmt: skip
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn()
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
     with bar:
         tasks: dict[str, Any] = {}
 
@@ -42,7 +40,8 @@ def build_with_progress(data: DataSection, say: Callable[[str], Any]) -> None:
     if quarantined := manifest.documents.quarantined:
         reasons = ", ".join(f"{count} {reason}" for reason, count in quarantined.items())
         say(
-            f"{sum(quarantined.values())} of {manifest.documents.read} documents were left out ({reasons}), each named in units/*/quarantine.jsonl."
+            f"{sum(quarantined.values())} of {manifest.documents.read} documents were left out ({reasons}); "
+            "units/*/quarantine.jsonl names each."
         )
     if result.skipped:
         say(

@@ -73,9 +73,10 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     from configs.loader import load_config
 
     config = load_config(run_file, overrides or [])
+    from pretrain.checkpoint.commit import is_committed
     from pretrain.run.supervisor import supervise
 
-    raise typer.Exit(supervise(config, _say))
+    raise typer.Exit(supervise(config, _say, is_committed))
 
 
 @app.command()

@@ -22,10 +22,9 @@ from data_pipeline.manifest import load_manifest
 from data_pipeline.shards import Shard
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.build import build_with_progress
-from pretrain.checkpoint.commit import list_commits, read_commit
+from pretrain.checkpoint.commit import is_committed, list_commits, read_commit
 from pretrain.run.folder import RunFolder
 from pretrain.run.outcome import EXIT_DONE, EXIT_RESUMABLE
-from pretrain.run.supervisor import is_finished
 from pretrain.watch.metrics import METRICS_FILE, read_rows
 from pretrain.write import write_text
 
@@ -132,7 +131,7 @@ def _choose_run(corpus: Path | None) -> RunConfig:
         folder = RunFolder.of(config)
         if not folder.config_file.is_file():
             return config
-        if not is_finished(folder, config) and not differing_keys(folder.load_config(), config):
+        if not is_committed(folder.checkpoints, config.training.total_steps) and not differing_keys(folder.load_config(), config):
             return config
     raise UserError("runs/ holds a thousand demos; delete some.")
 

@@ -60,7 +60,7 @@ def read_commit(folder: Path) -> Commit:
     try:
         content = json.loads(path.read_bytes())
         seal = content.pop("manifest_sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     if seal != _seal(content):
         raise ValueError(f"{path}: its content does not match its own SHA-256")
@@ -91,6 +91,12 @@ def verify_commit(folder: Path) -> list[str]:
         return [str(error)]
     stray = sorted({path.name for path in folder.iterdir()} - set(commit.files) - {MANIFEST})
     return check_files(commit, sorted(commit.files)) + [f"{folder / name}: not in the manifest" for name in stray]
+
+
+def is_committed(checkpoints: Path, step: int) -> bool:
+    """Whether a step is committed and every byte of it verifies."""
+    folder = checkpoints / commit_name(step)
+    return folder.is_dir() and not verify_commit(folder)
 
 
 def _seal(content: dict[str, Any]) -> str:

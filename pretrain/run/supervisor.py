@@ -28,8 +28,11 @@ from pretrain.run.signals import STOP_SIGNALS, adopt_orphans
 RANK_MODULE = "pretrain.train"
 
 
-def supervise(config: RunConfig, say: Callable[[str], None]) -> int:
-    """Run one attempt of a run to its end. Raises UserError before anything was started."""
+def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Callable[[Path, int], bool]) -> int:
+    """Run one attempt of a run to its end. Raises UserError before anything was started.
+
+    is_committed: whether a step of a `checkpoints/` folder is committed, intact (the checkpoint room's answer).
+    """
     folder = RunFolder.of(config)
     num_processes = count_processes(config)
     try:
@@ -39,7 +42,7 @@ def supervise(config: RunConfig, say: Callable[[str], None]) -> int:
     os.umask(0o027 if config.run.readable_by == "group" else 0o077)
     existed = folder.prepare(config)
     with Lease(folder) as lease:
-        if existed and is_finished(folder, config):
+        if existed and is_committed(folder.checkpoints, config.training.total_steps):
             say(f"{folder.path} is done: all {config.training.total_steps} steps are committed. Nothing was changed.")
             return EXIT_DONE
         folder.write_description(config)
@@ -62,11 +65,6 @@ def supervise(config: RunConfig, say: Callable[[str], None]) -> int:
         )
     say(message)
     return status
-
-
-def is_finished(folder: RunFolder, config: RunConfig) -> bool:
-    """Whether the run's last step is committed."""
-    return (folder.checkpoints / f"step-{config.training.total_steps:08d}").is_dir()
 
 
 def count_processes(config: RunConfig) -> int:

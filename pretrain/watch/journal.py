@@ -14,7 +14,7 @@ from pretrain.state import TrainState
 from pretrain.watch.evaluate import HeldOut
 from pretrain.watch.metrics import METRICS_FILE, MetricsLog, Throughput, cut_back
 from pretrain.watch.progress import ProgressReport
-from pretrain.watch.tracking import start_tracking, track
+from pretrain.watch.tracking import end_tracking, start_tracking, track
 
 
 class Journal:
@@ -67,5 +67,4 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.__exit__(kind, error, trace)
-        if self._tracker is not None:
-            self._tracker.finish(exit_code=0 if kind is None else 1)
+        end_tracking(self._tracker, failed=kind is not None)

@@ -18,6 +18,8 @@ from configs.durable import write_file
 from configs.schema import RunConfig
 
 INIT_TIMEOUT_SECONDS = 30
+# What could not be uploaded by then stays in the run folder for `wandb sync`.
+FINISH_TIMEOUT_SECONDS = 60
 
 
 def has_api_key() -> bool:
@@ -55,7 +57,14 @@ def start_tracking(config: RunConfig, folder: Path, say: Callable[[str], None]) 
         return None
     logging.getLogger("wandb").setLevel(logging.ERROR)
     settings = wandb.Settings(
-        silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS, disable_git=True, save_code=False, quiet=True, x_disable_meta=False
+        silent=True,
+        console="off",
+        init_timeout=INIT_TIMEOUT_SECONDS,
+        finish_timeout=FINISH_TIMEOUT_SECONDS,
+        disable_git=True,
+        save_code=False,
+        quiet=True,
+        x_disable_meta=False,
     )
 
     def start(how: Literal["online", "offline"]) -> "wandb.Run":
@@ -96,3 +105,12 @@ def track(run: "wandb.Run | None", row: dict[str, Any]) -> None:
             run.log(row)
         except Exception:
             logging.getLogger(__name__).warning("Weights & Biases refused a row", exc_info=True)
+
+
+def end_tracking(run: "wandb.Run | None", failed: bool) -> None:
+    """Close the run; an error here is not the run's."""
+    if run is not None:
+        try:
+            run.finish(exit_code=1 if failed else 0)
+        except Exception:
+            logging.getLogger(__name__).warning("Weights & Biases could not be closed", exc_info=True)

@@ -78,7 +78,11 @@ def test_rough_uniformity_at_seven_thousand_million(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("size", "seed", "epoch", "golden"),
-    GOLDEN,
+    [
+        (1000, 1234, 0, [336, 693, 184, 259, 540, 288]),
+        (65536, 7, 3, [31112, 41107, 59982, 54161, 60686, 10210]),
+        (7_000_000_000, 1234, 0, [4916003214, 5019760266, 2913300123, 683565916, 5090375364, 1398076387]),
+    ],
 )
 def test_no_release_changes_the_order_of_a_running_training(size: int, seed: int, epoch: int, golden: list[int]) -> None:
     """If this fails, runs that were started before would read other data after a resume. Do not change the numbers."""

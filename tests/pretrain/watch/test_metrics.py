@@ -1,0 +1,93 @@
+"""metrics.jsonl: each step exactly once, however often the run was killed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.watch import metrics
+from pretrain.watch.metrics import MetricsLog, Throughput, cut_back, read_rows
+
+
+def rows(steps: range, attempt: int = 1) -> list[dict[str, Any]]:
+    return [{"step": step, "attempt": attempt, "loss": 1 / (step + 3), "gradient_norm": None} for step in steps]
+
+
+def write(path: Path, some: list[dict[str, Any]]) -> None:
+    log = MetricsLog(path)
+    for row in some:
+        log.write(row)
+
+
+def test_rows_come_back_to_the_bit_and_at_once(tmp_path: Path, seed: int) -> None:
+    """Each is in the file when `write` returns: a kill afterwards takes nothing."""
+    path = tmp_path / "metrics.jsonl"
+    log, expected = MetricsLog(path), []
+    for step in range(20):
+        row = {"step": step, "loss": (seed + step) / 7, "tiny": 5e-324 * step, "words": "naïve\u2028東京", "none": None}
+        log.write(row)
+        expected.append(row)
+        assert read_rows(path) == expected
+
+
+def test_there_may_be_no_file(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    cut_back(tmp_path / "metrics.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_torn_anywhere_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, rows(range(1, 4)))
+    content = path.read_bytes()
+    last = content.rindex(b"\n", 0, len(content) - 1) + 1
+    for end in range(last, len(content) - 1):
+        path.write_bytes(content[:end])
+        assert read_rows(path) == rows(range(1, 3)), content[last:end]
+    path.write_bytes(content[:-1])  # only the line end is missing: the row is whole
+    assert read_rows(path) == rows(range(1, 4))
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 100])
+def test_cut_back_is_exact(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, rows(range(1, 11)))
+    before = path.read_bytes().splitlines(keepends=True)
+    cut_back(path, step)
+    assert path.read_bytes() == b"".join(before[:step]), "what is kept is kept byte for byte"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_evaluation_at_the_step_stays_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [{"step": 5, "loss": 1.0}, {"step": 5, "held_out/nats_per_token": 2.0}, {"step": 6, "loss": 3.0}])
+    cut_back(path, 5)
+    assert [sorted(row) for row in read_rows(path)] == [["loss", "step"], ["held_out/nats_per_token", "step"]]
+
+
+def test_after_kills_every_step_is_there_exactly_once(tmp_path: Path) -> None:
+    """Commits at 10 and 20; killed at 17 and, in the middle of a line, at 23."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, rows(range(1, 18)))
+    cut_back(path, 10)
+    write(path, rows(range(11, 24), attempt=2))
+    with path.open("a") as file:
+        file.write('{"step": 24, "lo')
+    cut_back(path, 20)
+    write(path, rows(range(21, 31), attempt=3))
+    assert read_rows(path) == rows(range(1, 11)) + rows(range(11, 21), 2) + rows(range(21, 31), 3)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_throughput_is_over_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    throughput = Throughput(5000)  # tokens of earlier attempts count for nothing
+    now[0] = 104.0
+    assert throughput.since_last(5800) == 200.0
+    now[0] = 105.0
+    assert throughput.since_last(5900) == 100.0
+    assert throughput.since_last(5900) == 0.0
+    assert time.monotonic() == 105.0
