@@ -42,7 +42,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that quotes every text `_Loader` would read as a number."""
+    """Safe YAML that quotes every text `_Loader` would read as a number, and escapes what it would take for a line's end."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """A text that is not plainly printable goes into double quotes, the one style with escapes."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 _FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
@@ -283,11 +290,13 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _nearest(parts: list[str]) -> str | None:
-    """The known dotted key that is nearest: a like word beside it, then a like word elsewhere, then a like path."""
+    """The known dotted key that is nearest: a like word (or a part of one) beside it, then elsewhere, then a like path."""
     keys = _all_keys(RunConfig)
     beside = [key for key in keys if key.rpartition(".")[0] == ".".join(parts[:-1])]
     for candidates, cutoff in ((beside, 0.75), (keys, 0.75), (beside, 0.5)):
         words = {key.rpartition(".")[2]: key for key in reversed(candidates)}
         if near := difflib.get_close_matches(parts[-1], list(words), 1, cutoff):
             return words[near[0]]
+        if part_of := [key for word, key in words.items() if parts[-1] in word.split("_")]:  # `lr` for `peak_lr`
+            return part_of[0]
     return next(iter(difflib.get_close_matches(".".join(parts), keys, 1, 0.4)), None)

@@ -74,8 +74,10 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 
     config = load_config(run_file, overrides or [])
     from pretrain.checkpoint.commit import is_committed
+    from pretrain.data.corpus import open_corpus
     from pretrain.run.supervisor import supervise
 
+    open_corpus(config)  # unfinished or unfit data is said before anything is made or started
     raise typer.Exit(supervise(config, _say, is_committed))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +33,10 @@ for name, value in {
     os.environ.setdefault(name, value)
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+settings.register_profile("house", deadline=None, print_blob=True)  # a busy machine is not a defect
+settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

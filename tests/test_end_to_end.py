@@ -156,7 +156,7 @@ def test_what_is_wrong_is_said_and_nothing_is_made(place: Path, tmp_path: Path) 
     run_file = place / "sums.yaml"
     cases: dict[str, tuple[list[object], list[str]]] = {
         "unknown key": (["train", run_file, "optimizer.lr=1"], ["optimizer.lr", "optimizer.peak_lr"]),
-        "batch": (["train", run_file, "training.micro_batch_samples=3"], ["does not divide", "training.global_batch_samples=6"]),
+        "batch": (["train", run_file, "training.micro_batch_samples=4"], ["does not divide by 2 ranks", "training.global_batch_samples=8"]),
         "no data": (["train", run_file, f"data.root={tmp_path}/none"], ["no dataset", "pretrain data build"]),
         "no corpus": (["data", "build", run_file, f"data.root={tmp_path}/d", "data.sources=[{name: a, path: /nowhere}]"], ["/nowhere"]),
         "no run": (["generate", tmp_path], ["holds no run"]),

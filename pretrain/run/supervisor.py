@@ -5,6 +5,7 @@ In: a resolved configuration. Out: an exit status (0 done, 2 a mistake, 75 resum
 because in the main thread it would take the signals for itself and kill the ranks before they save.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -126,10 +128,11 @@ def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Pat
 
     adopt_orphans()
     agent = threading.Thread(target=launch_agent, name="elastic agent")
-    with _PassSignalsOn():
+    with _PassSignalsOn() as signals_received:
         agent.start()
         while agent.is_alive():
-            agent.join(0.2)
+            agent.join(0.1)
+            signals_received.pass_on()
     _end_descendants()
     signals: dict[int, int] = {}
     for error in failures:
@@ -150,48 +153,46 @@ def _shorten(message: str) -> str:
 
 
 class _PassSignalsOn:
-    """While active, a stop signal goes on to every rank; the third one ends them at once."""
+    """While active, stop signals are counted; `pass_on` tells every rank, also one that started later.
+
+    The first and second ask the ranks to stop, the third ends them at once.
+    """
 
     def __init__(self) -> None:
         self._count = 0
-        self._before: dict[int, object] = {}
+        self._told: dict[int, int] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_PassSignalsOn":
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._pass_on)
+            self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        if self._count == 1:
-            text = "stopping after this step, then saving"
-        elif self._count == 2:
-            text = "still stopping; once more ends the run without saving"
-        else:
-            text = "ending at once; the last checkpoint stands"
-        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
-        for child in psutil.Process().children():
-            try:
-                child.send_signal(signal.SIGTERM if self._count < 3 else signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+        text = ("stopping after this step, then saving", "still stopping; once more ends the run without saving", "ending at once")
+        os.write(2, f"\n{signal.Signals(number).name}: {text[min(self._count, 3) - 1]}\n".encode())
+
+    def pass_on(self) -> None:
+        """Tell each rank how often we were asked, once."""
+        for child in psutil.Process().children() if self._count else []:
+            if self._told.get(child.pid, 0) < self._count:
+                self._told[child.pid] = self._count
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(signal.SIGTERM if self._count < 3 else signal.SIGKILL)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
 
 def _end_descendants() -> None:
     """End what the ranks left behind (a tracker's helper whose rank was killed), by process id."""
     left = psutil.Process().children(recursive=True)
     for process in left:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-        except psutil.NoSuchProcess:
-            continue
     _, alive = psutil.wait_procs(left, timeout=5)
     for process in alive:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue

@@ -102,7 +102,8 @@ def track(run: "wandb.Run | None", row: dict[str, Any]) -> None:
     """Show a row of `metrics.jsonl`; an error here is not the run's."""
     if run is not None:
         try:
-            run.log(row)
+            # W&B's own counter would restart at 0 with each attempt, and it drops steps that go backwards.
+            run.log(row, step=row["step"])
         except Exception:
             logging.getLogger(__name__).warning("Weights & Biases refused a row", exc_info=True)
 

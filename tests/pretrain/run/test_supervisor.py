@@ -72,9 +72,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     """The checkpoint room is asked about the last step of this run's folder; no rank starts, nothing is written."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(supervisor, "_run_ranks", lambda *_: pytest.fail("a rank was started"))
-    mine = config(
-        tmp_path, training={"total_tokens": 2500, "global_batch_samples": 4, "micro_batch_samples": 4, "sequence_length": 64}
-    )
+    mine = config(tmp_path, training={"total_tokens": 2500, "global_batch_samples": 4, "micro_batch_samples": 4, "sequence_length": 64})
     run = RunFolder.of(mine)
     run.prepare(mine)
     run.write_description(mine)

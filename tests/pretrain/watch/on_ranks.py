@@ -16,6 +16,8 @@ from pretrain.watch.verdicts import Verdicts
 
 def hear_verdicts() -> dict[str, Any]:
     """Three steps: as usual, a stop asked of rank 1 only, a NaN on rank 0 only; then an evaluation."""
+    import faulthandler
+    faulthandler.enable(all_threads=True)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     layout = Layout(rank, world_size, rank, world_size, torch.device("cpu"))
     verdicts, heard = Verdicts(layout), []

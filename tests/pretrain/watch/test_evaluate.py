@@ -46,7 +46,7 @@ def test_equals_a_direct_computation(stream: TokenStream, tokens: np.ndarray, se
     with torch.no_grad():
         for start in range(0, len(tokens), T):
             context = row[start : start + T][: len(tokens) - start]
-            logits = model.logits(torch.tensor([context]))[0].double()
+            logits = model(torch.tensor([context]))[0].double()
             chosen = torch.log_softmax(logits, dim=-1)[range(len(context)), tokens[start : start + len(context)].tolist()]
             nats -= float(chosen.sum())
     num_bytes = 333
@@ -63,7 +63,12 @@ def test_ranks_together_find_what_one_finds_alone(stream: TokenStream, seed: int
     for num_ranks in (2, 3):
         parts: list[float] = []
         for rank in range(num_ranks):
-            evaluate(model, held_out_batches(stream, END, T, 1, rank, num_ranks, CPU), 100, lambda value: parts.append(value) or value)
+            evaluate(
+                model,
+                held_out_batches(stream, END, T, 1, rank, num_ranks, CPU),
+                100,
+                lambda value, parts=parts: parts.append(value) or value,
+            )
         nats, num_tokens = sum(parts[::2]), sum(parts[1::2])
         assert num_tokens == alone.num_tokens
         assert nats / num_tokens == pytest.approx(alone.nats_per_token, rel=1e-6)

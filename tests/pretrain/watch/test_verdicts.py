@@ -66,6 +66,11 @@ def test_all_ranks_hear_the_same(run_on_ranks: Callable[..., list[Any]]) -> None
     ranks = run_on_ranks("tests.pretrain.watch.on_ranks:hear_verdicts", 2)
     assert ranks[0] == ranks[1]
     (heard,) = {tuple(map(str, rank["heard"])) for rank in ranks}
-    assert heard == ("(0.75, False)", "(0.75, False)", "(1.25, True)", "the loss of step 3 is nan; lower optimizer.peak_lr, or look at the data of that step.")
+    assert heard == (
+        "(0.75, False)",
+        "(0.75, False)",
+        "(1.25, True)",
+        "the loss of step 3 is nan; lower optimizer.peak_lr, or look at the data of that step.",
+    )
     # nats 1 + 2 + 3 + 4 over 5 + 6 + 7 + 8 targets: whichever rank saw them
     assert ranks[0]["held_out"] == {"nats_per_token": 10 / 26, "bits_per_byte": ranks[0]["bits_per_byte"], "num_tokens": 26}
