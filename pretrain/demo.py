@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -25,6 +26,7 @@ from pretrain.build import build_with_progress
 from pretrain.checkpoint.commit import is_committed, list_commits, read_commit
 from pretrain.run.folder import RunFolder
 from pretrain.run.outcome import EXIT_DONE, EXIT_RESUMABLE
+from pretrain.run.signals import end_with_parent
 from pretrain.watch.metrics import METRICS_FILE, read_rows
 from pretrain.write import write_text
 
@@ -143,7 +145,8 @@ def load_name(corpus: Path) -> str:
 
 def _train(run_file: Path, folder: RunFolder, stop_at_step: int | None) -> int:
     """`pretrain train RUN.yaml` in a process of its own; at a step, ask it to stop as a scheduler would (SIGTERM)."""
-    process = subprocess.Popen([sys.executable, "-m", "pretrain.cli", "train", str(run_file)])
+    stop_with_us = partial(end_with_parent, signal.SIGTERM)  # a demo that is killed leaves no training behind
+    process = subprocess.Popen([sys.executable, "-m", "pretrain.cli", "train", str(run_file)], preexec_fn=stop_with_us)
     try:
         while process.poll() is None:
             time.sleep(0.5)

@@ -37,7 +37,7 @@ def test_the_five_lines_work(tmp_path: Path) -> None:
     for key in ("schedule", "data", "model"):
         assert f"\n{key}: " not in content or key == "schedule"
     kept = [line for line in content.splitlines() if not line.startswith("schedule:")]
-    text = "\n".join(kept).replace("total_tokens: 524_288", "total_tokens: 10_240") + EDITED
+    text = "\n".join(kept).replace("total_tokens: 409_600", "total_tokens: 10_240") + EDITED
     (tmp_path / copy[2]).write_text(text)
     (tmp_path / "my-notes").mkdir()
     for number, one in enumerate(tiny_texts(80, seed=3)):

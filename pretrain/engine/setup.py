@@ -16,6 +16,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 from typing import Any
 
 import deepspeed
@@ -53,6 +54,7 @@ def initialize_engine(config: RunConfig, layout: Layout, model: torch.nn.Module)
     """The engine for a model whose weights are set. Collective."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True, warn_only=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use past its own logger
         engine, *_ = deepspeed.initialize(

@@ -23,9 +23,9 @@ class StopRequest:
         self.asked = True
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to kill this process when the one that started it ends (Linux; elsewhere nothing)."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process a signal when the one that started it ends (Linux; elsewhere nothing)."""
+    _prctl(_PR_SET_PDEATHSIG, how)
 
 
 def adopt_orphans() -> None:

@@ -3,6 +3,7 @@
 Arguments and results are JSON.
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -149,6 +150,8 @@ def commit_together(folder: str) -> dict[str, Any]:
     distributed.barrier()
     result["all damaged"] = newest()
     result["all damaged, asked again"] = newest()
+    # Nothing is left to do: without it the interpreter's end aborts now and then (a thread of torch that nobody joined).
+    atexit.register(os._exit, 0)
     return result
 
 
@@ -186,7 +189,7 @@ def kill_at_random(folder: Path, seed: int, rounds: int) -> None:
         finished = [int(line) for line in told.decode().split("\n")[:-1]]
         commits = list_commits(checkpoints)
         damaged = [problem for path in commits for problem in verify_commit(path)]
-        _say(finished=max(finished), newest=int(commits[0].name[5:]), number=len(commits), damaged=damaged)
+        _say(finished=max(finished), newest=int(commits[0].name[5:]) if commits else 0, number=len(commits), damaged=damaged)
     _say(rejected=(checkpoints / "rejected").exists())
 
 
@@ -224,7 +227,7 @@ def _dying(function: Callable[..., Any], when: str, where: Callable[..., bool] =
 
 
 KILL_POINTS = {
-    # name: (a change that kills, whether step 20 is then committed)
+    # name -> whether step 20 is then committed
     "before files": False,
     "after its first file": False,
     "after its files": False,
