@@ -18,10 +18,12 @@ OWNED_KEYS: dict[str, str] = {
     "bf16": "precision",
     "bfloat16": "precision",
     "fp16": "precision",
+    "amp": "precision",
     "torch_autocast": "precision",
     "data_types": "precision (gradients are accumulated in fp32)",
     "communication_data_type": "precision (gradients are reduced in fp32)",
     "seq_parallel_communication_data_type": "precision (gradients are reduced in fp32)",
+    "elasticity": "parallel.processes (a checkpoint is read at any number of ranks as it is)",
     "optimizer": "optimizer.* (the loop owns it)",
     "scheduler": "schedule.* (the learning rate is a pure function of tokens)",
     "data_efficiency": "training.* (the data order is a pure function of the manifest and the seed)",
@@ -46,6 +48,8 @@ def check_deepspeed_section(section: dict[str, Any]) -> None:
         json.dumps(section, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"holds what DeepSpeed's JSON cannot: {error}") from None
+    if not isinstance(section.get("zero_optimization") or {}, dict):
+        raise ValueError("deepspeed.zero_optimization is a section of DeepSpeed's keys, such as {overlap_comm: true}")
     for dotted, instead in OWNED_KEYS.items():
         here: Any = section
         for part in dotted.split("."):

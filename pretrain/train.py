@@ -28,7 +28,8 @@ from pretrain.engine.optimizer import learning_rate, set_learning_rate
 from pretrain.engine.parallel import Layout, initialize_layout
 from pretrain.engine.setup import initialize_engine
 from pretrain.model.decoder import Decoder, initialize_weights
-from pretrain.run.folder import RunFolder, holds_lease
+from pretrain.run.folder import RunFolder
+from pretrain.run.lease import holds_lease
 from pretrain.run.outcome import OUTCOME_FOLDER_VARIABLE, Outcome, write_outcome
 from pretrain.run.signals import StopRequest, end_with_parent
 from pretrain.state import TrainState

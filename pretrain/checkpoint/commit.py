@@ -23,6 +23,8 @@ from configs.errors import UserError
 from pretrain.state import TrainState
 
 MANIFEST = "MANIFEST.json"
+FORMAT = 1
+TAKEN_OVER = "no longer holds"
 COMMIT_NAME = re.compile(r"step-(\d{8,})")
 T = TypeVar("T")
 
@@ -55,7 +57,10 @@ def list_commits(checkpoints: Path) -> list[Path]:
 
 
 def read_commit(folder: Path) -> Commit:
-    """The commit's manifest. Raises ValueError, naming the file, when it is missing or was changed."""
+    """The commit's manifest. Raises ValueError, naming the file, when it is missing or was changed.
+
+    Raises UserError for a format of another version: nothing is wrong with it, it is not ours to judge.
+    """
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
@@ -64,23 +69,28 @@ def read_commit(folder: Path) -> Commit:
         raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     if seal != _seal(content):
         raise ValueError(f"{path}: its content does not match its own SHA-256")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: written in format {content['format']}, this version reads {FORMAT}; use the version that wrote it.")
     return Commit(
         folder, TrainState.from_json(content["state"]), content["files"], content["identity"], content["world_size"], content["attempt"]
     )
 
 
 def check_files(commit: Commit, names: Sequence[str]) -> list[str]:
-    """Problems of some of a commit's files (missing, size, SHA-256), each naming the file."""
-    problems = []
-    for name in names:
-        path, known = commit.folder / name, commit.files[name]
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif path.stat().st_size != known["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes, the manifest says {known['bytes']}")
-        elif sha256_of_file(path) != known["sha256"]:
-            problems.append(f"{path}: its SHA-256 is not the manifest's")
-    return problems
+    """Problems of some of a commit's files (missing, unreadable, size, SHA-256), each naming the file."""
+    return [f"{commit.folder / name}: {problem}" for name in names if (problem := _compare(commit.folder / name, commit.files[name]))]
+
+
+def _compare(path: Path, known: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != known["bytes"]:
+            return f"{size} bytes, the manifest says {known['bytes']}"
+        return None if sha256_of_file(path) == known["sha256"] else "its SHA-256 is not the manifest's"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read ({error})"
 
 
 def verify_commit(folder: Path) -> list[str]:
@@ -113,6 +123,7 @@ def write_commit(
     still_ours: Callable[[], bool],
 ) -> str | None:
     """Save one step. Collective. Returns None when committed, or what went wrong (then nothing has changed).
+    Raises UserError when another attempt has taken the run over: there is no point in going on.
 
     write_rank_files: writes this rank's synced files into the given folder and returns their sizes and hashes.
     still_ours: whether this attempt still holds the run folder; asked just before the rename (a stalled attempt
@@ -137,9 +148,9 @@ def write_commit(
         if problems:
             raise OSError("; ".join(problems))
         if not still_ours():
-            raise OSError(f"attempt {attempt} no longer holds {checkpoints.parent}: another attempt has taken it over")
+            raise OSError(TAKEN_OVER)
         content = {
-            "format": 1,
+            "format": FORMAT,
             "state": state.to_json(),
             "attempt": attempt,
             "world_size": len(gathered),
@@ -152,6 +163,10 @@ def write_commit(
     problem = _on_rank_0(finish, rank)
     if problem is not None and rank == 0:
         remove_folders([temporary])
+    if problem == TAKEN_OVER:
+        raise UserError(
+            f"attempt {attempt} {TAKEN_OVER} {checkpoints.parent}: another attempt has taken it over. This one ends; nothing was changed."
+        )
     return problem
 
 

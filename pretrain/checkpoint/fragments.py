@@ -156,7 +156,9 @@ class FragmentIndex:
         self._places: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.scalars: dict[str, dict[str, float]] = {}
-        for described in sorted(folder.glob("rank_*.json")):
+        num_files = json.loads((folder / "rank_00000.json").read_text())["world_size"]
+        for rank in range(num_files):  # not whatever lies there: a stray file is no part of the checkpoint
+            described = folder / f"rank_{rank:05d}.json"
             content = json.loads(described.read_text())
             for parameter, known in content["parameters"].items():
                 self.shapes[parameter] = tuple(known["shape"])

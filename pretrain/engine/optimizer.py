@@ -47,7 +47,9 @@ def learning_rate(tokens_seen: int, training: TrainingSection, optimizer: Optimi
         falling = max(1, total_tokens - schedule.warmup_tokens)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, (tokens_seen - schedule.warmup_tokens) / falling)))
     else:
-        falling = schedule.decay_tokens if schedule.decay_tokens is not None else total_tokens // 5
+        falling = (
+            schedule.decay_tokens if schedule.decay_tokens is not None else min(total_tokens // 5, total_tokens - schedule.warmup_tokens)
+        )
         share = min(1.0, max(0.0, (total_tokens - tokens_seen) / falling)) if falling else 1.0
     return optimizer.peak_lr * (schedule.final_ratio + (1 - schedule.final_ratio) * share)
 

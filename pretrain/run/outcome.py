@@ -39,28 +39,36 @@ def read_outcomes(folder: Path) -> dict[int, Outcome]:
     return {int(path.stem.removeprefix("rank_")): Outcome(**json.loads(path.read_text())) for path in sorted(folder.glob("rank_*.json"))}
 
 
-def decide(outcomes: dict[int, Outcome], signals: dict[int, int]) -> tuple[int, str]:
+def decide(outcomes: dict[int, Outcome], exit_codes: dict[int, int]) -> tuple[int, str]:
     """Exit status and one message for a whole attempt.
 
-    signals: rank -> the signal that ended it, of the ranks that were killed. A mistake outweighs everything (the
-    other ranks only noticed that one was gone); then a rank killed from outside, then the earliest defect.
+    exit_codes: rank -> exit code, of the ranks that failed first (negative: the signal that ended it). A mistake
+    outweighs everything: the other ranks only noticed that one was gone. Then what ended a rank without a word
+    (a signal from outside can be resumed, a crash is a defect), then the earliest defect that a rank wrote down.
     """
     by_kind = {
         kind: [(o.time, rank, o) for rank, o in outcomes.items() if o.kind == kind] for kind in ("mistake", "defect", "stopped", "done")
     }
     if by_kind["mistake"]:
         return EXIT_MISTAKE, min(by_kind["mistake"], key=lambda row: row[:2])[2].message
-    outside = {rank: number for rank, number in signals.items() if number in _FROM_OUTSIDE and rank not in outcomes}
+    wordless = {rank: code for rank, code in exit_codes.items() if rank not in outcomes}
+    outside = {rank: -code for rank, code in wordless.items() if -code in _FROM_OUTSIDE}
     if outside:
         rank, number = min(outside.items())
         cause = f"rank {rank} was ended by {_FROM_OUTSIDE[number]}" + (" (is memory short?)" if number == 9 else "")
         return EXIT_RESUMABLE, f"{cause}; the run can be resumed."
+    if wordless:
+        rank, code = min(wordless.items())
+        return (
+            EXIT_DEFECT,
+            f"rank {rank} was ended by signal {-code}." if code < 0 else f"rank {rank} ended with exit code {code} and left no record.",
+        )
     if by_kind["defect"]:
         _, rank, first = min(by_kind["defect"], key=lambda row: row[:2])
         return EXIT_DEFECT, f"rank {rank} failed:\n{first.message}"
-    if signals:
-        rank, number = min(signals.items())
-        return EXIT_DEFECT, f"rank {rank} was ended by signal {number}."
+    if exit_codes:
+        rank, code = min(exit_codes.items())
+        return EXIT_DEFECT, f"rank {rank} left its record and then failed with exit code {code}."
     if by_kind["stopped"]:
         return EXIT_RESUMABLE, by_kind["stopped"][0][2].message
     if by_kind["done"]:

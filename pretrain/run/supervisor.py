@@ -23,7 +23,8 @@ import psutil
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from pretrain.run.folder import Lease, RunFolder
+from pretrain.run.folder import RunFolder
+from pretrain.run.lease import Lease
 from pretrain.run.outcome import EXIT_DONE, OUTCOME_FOLDER_VARIABLE, decide, read_outcomes
 from pretrain.run.signals import STOP_SIGNALS, adopt_orphans
 
@@ -71,11 +72,14 @@ def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Calla
 
 def count_processes(config: RunConfig) -> int:
     """Ranks to start on this machine: as configured, or one per GPU, or `cpu_processes`."""
-    if config.parallel.processes is not None:
-        return config.parallel.processes
     import torch
 
-    return torch.cuda.device_count() or config.parallel.cpu_processes
+    devices = torch.cuda.device_count()
+    if devices and (config.parallel.processes or 0) > devices:
+        raise UserError(
+            f"parallel.processes is {config.parallel.processes} and this machine has {devices} GPUs; a rank needs one of its own."
+        )
+    return config.parallel.processes or devices or config.parallel.cpu_processes
 
 
 def rank_environment(num_processes: int, outcome_folder: Path, has_gpu: bool) -> dict[str, str]:
@@ -134,14 +138,14 @@ def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Pat
             agent.join(0.1)
             signals_received.pass_on()
     _end_descendants()
-    signals: dict[int, int] = {}
+    exit_codes: dict[int, int] = {}
     for error in failures:
         if isinstance(error, ChildFailedError):
-            signals |= {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
+            exit_codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
         else:
             raise error
     records = read_outcomes(outcomes)
-    status, message = decide(records, signals)
+    status, message = decide(records, exit_codes)
     first = min((record.first_step for record in records.values()), default=0)
     last = max((record.last_step for record in records.values()), default=0)
     return status, _shorten(message), (first, last)

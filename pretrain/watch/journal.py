@@ -58,7 +58,8 @@ class Journal:
     def _write(self, state: TrainState, values: dict[str, Any]) -> None:
         row = {"step": state.step, "tokens_seen": state.tokens_seen, "attempt": self._attempt, **values}
         if self._log is not None:
-            self._log.write(row)
+            if problem := self._log.write(row):
+                self.say(f"WARNING: metrics.jsonl cannot be written ({problem}); its rows wait in memory.")
             track(self._tracker, row)
 
     def __enter__(self) -> "Journal":

@@ -38,14 +38,24 @@ def cut_back(path: Path, step: int) -> None:
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`, one complete line at a time."""
+    """Appends rows to `metrics.jsonl`, one complete line at a time. A full disk delays rows; it never ends the run."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._waiting: list[str] = []
+        self._torn = False
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        self._file.write(json.dumps(row) + "\n")
+    def write(self, row: dict[str, Any]) -> str | None:
+        """Append one row, and those that could not be written before. Returns what went wrong, if anything."""
+        self._waiting.append(json.dumps(row) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(("\n" if self._torn else "") + "".join(self._waiting))
+        except OSError as error:
+            self._torn = True  # a part of a line may be there: the next one begins below it
+            return str(error)
+        self._waiting, self._torn = [], False
+        return None
 
 
 class Throughput:

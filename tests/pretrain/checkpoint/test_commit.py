@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as distributed
 
+from configs.errors import UserError
 from pretrain.checkpoint.commit import (
     MANIFEST,
     check_files,
@@ -205,16 +206,15 @@ def test_the_lease_is_asked_last_when_every_file_is_written(tmp_path: Path) -> N
         events.append(f"asked with {len(list(temporary.iterdir()))} files")
         return False
 
-    problem = write_commit(
-        tmp_path / "checkpoints",
-        TrainState(step=10),
-        write_rank_files=write_both,
-        identity=IDENTITY,
-        attempt=4,
-        still_ours=still_ours,
-    )
-    assert problem is not None
-    assert "attempt 4 no longer holds" in problem
+    with pytest.raises(UserError, match="attempt 4 no longer holds"):
+        write_commit(
+            tmp_path / "checkpoints",
+            TrainState(step=10),
+            write_rank_files=write_both,
+            identity=IDENTITY,
+            attempt=4,
+            still_ours=still_ours,
+        )
     assert events == ["asked with 4 files"]
     assert tree(tmp_path) == {"checkpoints": "a folder"}
 

@@ -77,7 +77,9 @@ def test_a_gap_or_an_overlap_is_found(tmp_path: Path) -> None:
             {f"weight|w|{start}": torch.arange(start, start + count).float() for start, count in starts},
             tmp_path / "rank_00000.safetensors",
         )
-        (tmp_path / "rank_00000.json").write_text(json.dumps({"parameters": {"w": {"shape": [2, 5], "scalars": {"step": 1.0}}}}))
+        (tmp_path / "rank_00000.json").write_text(
+            json.dumps({"world_size": 1, "parameters": {"w": {"shape": [2, 5], "scalars": {"step": 1.0}}}})
+        )
 
     write([(0, 4), (4, 6)])
     assert FragmentIndex(tmp_path).weights()["w"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

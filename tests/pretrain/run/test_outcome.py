@@ -18,30 +18,32 @@ def test_the_exit_statuses_are_what_launchers_know() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "signals", "status", "message"),
+    ("outcomes", "exit_codes", "status", "message"),
     [
         ({0: DONE, 1: DONE}, {}, 0, "all done"),
         ({0: STOPPED, 1: STOPPED}, {}, 75, "stopped and saved"),
         ({0: DONE, 1: STOPPED}, {}, 75, "stopped and saved"),
         ({}, {}, 1, "no rank left a record"),
         # a mistake outweighs everything
-        ({0: EARLY_DEFECT, 1: MISTAKE}, {2: signal.SIGKILL}, 2, "the user's"),
+        ({0: EARLY_DEFECT, 1: MISTAKE}, {2: -signal.SIGKILL}, 2, "the user's"),
         ({0: Outcome("mistake", "second", time=2.0), 1: Outcome("mistake", "first", time=1.0)}, {}, 2, "first"),
         # killed from outside: resumable, whatever the others made of it
-        *(({0: EARLY_DEFECT}, {1: number}, 75, f"rank 1 was ended by {signal.Signals(number).name}") for number in (1, 2, 9, 15)),
-        ({}, {0: signal.SIGKILL}, 75, "is memory short?"),
-        ({0: DONE}, {3: signal.SIGTERM, 2: signal.SIGKILL}, 75, "rank 2 was ended by SIGKILL"),
+        *(({0: EARLY_DEFECT}, {1: -number}, 75, f"rank 1 was ended by {signal.Signals(number).name}") for number in (1, 2, 9, 15)),
+        ({}, {0: -signal.SIGKILL}, 75, "is memory short?"),
+        ({0: DONE}, {3: -signal.SIGTERM, 2: -signal.SIGKILL}, 75, "rank 2 was ended by SIGKILL"),
         # the record of a rank counts more than the signal that ended it afterwards
-        ({0: DONE, 1: DONE}, {1: signal.SIGSEGV}, 1, "rank 1 was ended by signal 11"),
-        ({0: LATE_DEFECT, 1: EARLY_DEFECT}, {0: signal.SIGTERM}, 1, "rank 1 failed:\nthe early one"),
+        ({0: DONE, 1: DONE}, {1: -signal.SIGSEGV}, 1, "rank 1 left its record and then failed with exit code -11"),
+        ({0: LATE_DEFECT, 1: EARLY_DEFECT}, {0: -signal.SIGTERM}, 1, "rank 1 failed:\nthe early one"),
         # a rank's own crash is a defect
-        ({}, {1: signal.SIGSEGV, 0: signal.SIGABRT}, 1, "rank 0 was ended by signal 6"),
+        ({}, {1: -signal.SIGSEGV, 0: -signal.SIGABRT}, 1, "rank 0 was ended by signal 6"),
+        ({0: EARLY_DEFECT}, {0: 1, 1: -signal.SIGSEGV}, 1, "rank 1 was ended by signal 11"),
+        ({0: DONE}, {1: 1}, 1, "rank 1 ended with exit code 1 and left no record"),
         ({0: LATE_DEFECT, 1: EARLY_DEFECT}, {}, 1, "rank 1 failed:\nthe early one"),
         ({0: STOPPED, 1: LATE_DEFECT}, {}, 1, "rank 1 failed:\nthe late one"),
     ],
 )
-def test_decide(outcomes: dict[int, Outcome], signals: dict[int, int], status: int, message: str) -> None:
-    found, said = decide(outcomes, {rank: int(number) for rank, number in signals.items()})
+def test_decide(outcomes: dict[int, Outcome], exit_codes: dict[int, int], status: int, message: str) -> None:
+    found, said = decide(outcomes, exit_codes)
     assert found == status
     assert message in said
 
