@@ -5,6 +5,7 @@ user would give; this file only gives them one after the other.
 """
 
 import lzma
+import os
 import signal
 import subprocess
 import sys
@@ -146,7 +147,9 @@ def load_name(corpus: Path) -> str:
 def _train(run_file: Path, folder: RunFolder, stop_at_step: int | None) -> int:
     """`pretrain train RUN.yaml` in a process of its own; at a step, ask it to stop as a scheduler would (SIGTERM)."""
     stop_with_us = partial(end_with_parent, signal.SIGTERM)  # a demo that is killed leaves no training behind
-    process = subprocess.Popen([sys.executable, "-m", "pretrain.cli", "train", str(run_file)], preexec_fn=stop_with_us)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain.cli", "train", str(run_file)], preexec_fn=stop_with_us, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
     try:
         while process.poll() is None:
             time.sleep(0.5)

@@ -88,6 +88,7 @@ def rank_environment(num_processes: int, outcome_folder: Path, has_gpu: bool) ->
         OUTCOME_FOLDER_VARIABLE: str(outcome_folder),
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONSAFEPATH": "1",  # a `configs` package in the current folder must not stand in for ours
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15",
     }
     if not has_gpu:
@@ -130,6 +131,7 @@ def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Pat
         except BaseException as error:  # told to the main thread, which decides
             failures.append(error)
 
+    os.environ.pop("WANDB_SERVICE", None)  # a tracker that our own parent started would outlive the ranks
     adopt_orphans()
     agent = threading.Thread(target=launch_agent, name="elastic agent")
     with _PassSignalsOn() as signals_received:
