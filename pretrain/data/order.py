@@ -24,7 +24,7 @@ class Permutation:
 
     An alternating Feistel network (Luby & Rackoff 1988) on the smallest power of two that holds `size`; a value
     that falls outside is sent through again until it falls inside (cycle walking, Black & Rogaway 2002), which
-    takes fewer than two rounds trips on average.
+    takes fewer than two trips on average.
     """
 
     def __init__(self, size: int, seed: int, epoch: int) -> None:

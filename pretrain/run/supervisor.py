@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +26,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from pretrain.run.folder import RunFolder
 from pretrain.run.lease import Lease
-from pretrain.run.outcome import EXIT_DONE, OUTCOME_FOLDER_VARIABLE, decide, read_outcomes
+from pretrain.run.outcome import EXIT_DEFECT, EXIT_DONE, OUTCOME_FOLDER_VARIABLE, decide, read_outcomes
 from pretrain.run.signals import STOP_SIGNALS, adopt_orphans
 
 RANK_MODULE = "pretrain.train"
@@ -51,7 +52,10 @@ def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Calla
         folder.write_description(config)
         say(f"run folder {folder.path} ({'continued, attempt ' + str(lease.attempt) if existed else 'new'}), {num_processes} processes")
         with tempfile.TemporaryDirectory(prefix="pretrain-") as scratch:
-            status, message, steps = _run_ranks(folder, lease.attempt, num_processes, Path(scratch))
+            try:
+                status, message, steps = _run_ranks(folder, lease.attempt, num_processes, Path(scratch))
+            except Exception:  # the launcher itself failed: an attempt all the same
+                status, message, steps = EXIT_DEFECT, f"the ranks could not be started:\n{traceback.format_exc()}", (0, 0)
         folder.record_attempt(
             {
                 "attempt": lease.attempt,

@@ -91,7 +91,7 @@ def test_impossible_combinations_are_refused(sections: dict[str, Any], words: st
     ],
 )
 def test_what_is_beside_an_impossible_combination_is_accepted(sections: dict[str, Any]) -> None:
-    build(**sections)
+    assert isinstance(build(**sections), RunConfig)
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a b", "a\n", "-x", "x" * 65, "über"])

@@ -86,7 +86,8 @@ def test_the_dataset_is_no_input(tmp_path):
 @pytest.mark.parametrize("several", [False, True])
 def test_hugging_face_folder(tmp_path, several):
     """Written by the library itself: a Dataset or a DatasetDict, in several files, read in ranges of rows."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     texts = [f"row {number} " + "x" * 100 for number in range(300)]
     one = datasets.Dataset.from_dict({"body": texts, "n": list(range(300))})
     whole = datasets.DatasetDict({"test": one.select([5, 3]), "train": one}) if several else one

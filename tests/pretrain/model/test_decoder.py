@@ -146,6 +146,7 @@ def test_tables_first_made_while_evaluating_serve_training(seed: int, form: str)
     with torch.inference_mode():
         model(tokens)
     model(tokens, tokens).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_odd_width_of_sinusoids() -> None:
