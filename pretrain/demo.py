@@ -35,11 +35,11 @@ RUN_FILE = PACKAGED / "runs" / "demo.yaml"
 BLOCK_BYTES = 1 << 16
 
 
-def run_demo(corpus: Path | None, prompt: str | None) -> int:
-    """Do everything; returns the exit status. Raises UserError for a corpus that cannot be used."""
+def run_demo(corpus: Path | None, prompt: str | None, packaged: Path = RUN_FILE) -> int:
+    """Do everything that the `packaged` run file describes; returns the exit status. Raises UserError for a corpus that cannot be used."""
     began = time.monotonic()
     say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
-    config = _choose_run(corpus)
+    config = choose_run(corpus, packaged)
     folder = RunFolder.of(config)
 
     say("1/5  text, tokenizer, shards")
@@ -62,9 +62,8 @@ def run_demo(corpus: Path | None, prompt: str | None) -> int:
         return second
 
     say("\n4/5  held-out text: the model and xz")
-    row = next(row for row in reversed(read_rows(folder.path / METRICS_FILE)) if "held_out/bits_per_byte" in row)
-    text = held_out_text(Path(config.data.folder()), config.data.tokenizer.end_of_text)
-    model_bits, xz_bits = row["held_out/bits_per_byte"], xz_bits_per_byte(text)
+    comparison = _compare_with_xz(Path(config.data.folder()), config, folder)
+    say(f"     {comparison}")
 
     say("\n5/5  a paragraph")
     prompt = prompt if prompt is not None else ("def read_lines(path):\n" if corpus is None else "")
@@ -73,19 +72,29 @@ def run_demo(corpus: Path | None, prompt: str | None) -> int:
     sys.stdout.flush()
 
     newest = read_commit(list_commits(folder.checkpoints)[0])
-    verdict = "below" if model_bits < xz_bits else f"above, by {model_bits - xz_bits:.3f}"
     say(
         f"\ndone in {time.monotonic() - began:.0f} s\n"
         f"  shards      {config.data.folder()}: {sum(shard.num_tokens for shard in manifest.shards('train')):,} tokens to learn from\n"
         f"  run         {folder.path}: {newest.state.step} steps, {newest.state.tokens_seen:,} tokens, "
         f"{len(folder.attempts())} attempts\n"
-        f"  held out    {len(text):,} bytes: model {model_bits:.3f} bits per byte, xz -9 in 64 kB blocks {xz_bits:.3f} (model {verdict})\n"
+        f"  held out    {comparison}\n"
         f"next:\n"
         f'  pretrain generate {_short(folder.path)} --prompt "class " --temperature 0.5\n'
         f"  pretrain checkpoints verify {_short(folder.path)}\n"
         f"  pretrain train {_short(run_file)} run.name=longer training.total_tokens={4 * config.training.total_tokens}"
     )
     return EXIT_DONE
+
+
+def _compare_with_xz(dataset: Path, config: RunConfig, folder: RunFolder) -> str:
+    """Bits per byte of the held-out text: the model's last evaluation, and xz."""
+    text = held_out_text(dataset, config.data.tokenizer.end_of_text)
+    bits = [row["held_out/bits_per_byte"] for row in read_rows(folder.path / METRICS_FILE) if "held_out/bits_per_byte" in row]
+    if not text or not bits:
+        return "nothing: the corpus has too few documents to keep one back"
+    model_bits, xz_bits = bits[-1], xz_bits_per_byte(text)
+    verdict = "below" if model_bits < xz_bits else f"above, by {model_bits - xz_bits:.3f}"
+    return f"{len(text):,} bytes: model {model_bits:.3f} bits per byte, xz -9 in 64 kB blocks {xz_bits:.3f} (model {verdict})"
 
 
 def held_out_text(dataset: Path, end_of_text: str) -> bytes:
@@ -108,7 +117,7 @@ def xz_bits_per_byte(text: bytes) -> float:
     return 8 * sum(len(lzma.compress(block, preset=9)) for block in blocks) / max(1, len(text))
 
 
-def _choose_run(corpus: Path | None) -> RunConfig:
+def choose_run(corpus: Path | None, packaged: Path) -> RunConfig:
     """The demo's configuration, under the first name that is free or holds this very demo, unfinished."""
     overrides: list[str] = []
     if corpus is not None:
@@ -123,14 +132,14 @@ def _choose_run(corpus: Path | None) -> RunConfig:
         overrides.append("data.held_out_fraction=0.05")
     import torch
 
-    base = load_config(RUN_FILE, overrides)
+    base = load_config(packaged, overrides)
     if devices := torch.cuda.device_count():
         samples = base.training.global_batch_samples
         ranks = max(n for n in range(1, devices + 1) if samples % n == 0)
         overrides += [f"parallel.processes={ranks}", f"training.micro_batch_samples={samples // ranks}"]
     for number in range(1, 1000):
         name = "demo" if number == 1 else f"demo-{number}"
-        config = load_config(RUN_FILE, [*overrides, f"run.name={name}"])
+        config = load_config(packaged, [*overrides, f"run.name={name}"])
         folder = RunFolder.of(config)
         if not folder.config_file.is_file():
             return config
