@@ -253,7 +253,12 @@ def _explain(problem: Any, origins: dict[str, str], path: str) -> str:
         return f"{place}: {'.'.join(location[:-1])}: a key has to be a word; put it in quotes."
     wanted = _wanted(problem)
     quoted = isinstance(found, str) and "number" in wanted and _FLOAT.match(found)
-    return f"{place}: {dotted}: found {_kind(found)}, wanted {wanted}.{' Write it without quotes.' if quoted else ''}"
+    hint = " Write it without quotes." if quoted else ""
+    if wanted == "a whole number" and isinstance(found, float) and found.is_integer():
+        hint = f" Write {int(found):_}."
+    if wanted == "text" and isinstance(found, bool | int | float):
+        hint = " Write it in quotes" + (f": '{dotted}=\"...\"'." if place.startswith("override") else ".")
+    return f"{place}: {dotted}: found {_kind(found)}, wanted {wanted}.{hint}"
 
 
 def _wanted(problem: Any) -> str:

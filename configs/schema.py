@@ -31,7 +31,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """The run as a folder: its name, where it stands, who may read it."""
 
-    name: str | None = None
+    name: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """Folder name below `root`; when null, the run file's own name. Letters, digits, '.', '_', '-'."""
     root: str = Field(default="runs", json_schema_extra=CHANGEABLE)
     """Folder that holds run folders; relative paths start at the current directory."""
@@ -55,7 +55,7 @@ class SourceSection(Section):
 
     name: str
     """Short name, used in the manifest and in reports."""
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A file, or a folder that is searched for files; `{stdlib}` stands for the running Python's own library."""
     format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
     """auto: by each file's suffix. text: a file is a document. datasets: a Hugging Face `save_to_disk` folder."""
@@ -101,6 +101,8 @@ class DataSection(Section):
     """A larger document goes to quarantine instead of into memory."""
     quarantine_limit: Fraction = Field(default=0.01, json_schema_extra=CHANGEABLE)
     """The build stops when more than this share of the documents cannot be read."""
+    verify_before_training: bool = Field(default=True, json_schema_extra=CHANGEABLE)
+    """Whether `pretrain train` reads every shard and compares its SHA-256 first; a flipped bit is refused."""
     workers: PositiveInt | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """Ray tasks at once; when null, one per CPU. The result does not depend on it."""
 

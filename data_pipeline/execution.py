@@ -6,6 +6,8 @@ In: a function and its arguments. Out: its results as they come, in any order. R
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +75,11 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
     if ray.is_initialized():
         yield
         return
-    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": str(MAX_RETRIES)}
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONSAFEPATH": "1",  # a `configs` package in the current folder must not stand in for ours
+        "RAY_task_oom_retries": str(MAX_RETRIES),
+    }
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         # Ray would leave a token in ~/.ray; ours goes with `scratch`, which only its owner may enter. Ray opens its own
@@ -92,7 +98,10 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
         }
     with _environment(settings):
         try:
+            on_stop = signal.getsignal(signal.SIGTERM)
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_stop)  # Ray takes it, dumps its stack, and ends without a word of ours
             yield
         finally:
             ray.shutdown()

@@ -4,13 +4,17 @@ Rooms are imported when a verb is called, so that `pretrain --help` answers at o
 Exit status: 0 done; 2 the user's mistake, in one or two sentences; 75 stopped early, can be resumed; else a defect.
 """
 
+import errno
+import importlib.metadata
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from configs.errors import UserError
@@ -20,6 +24,12 @@ if TYPE_CHECKING:
     from pretrain.run.folder import RunFolder
 
 EXIT_DONE, EXIT_MISTAKE, EXIT_RESUMABLE = 0, 2, 75
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+FALL_BACK = "Training falls back to the newest commit that is whole and moves this one aside."
+REPAIR = "To repair it, delete its manifest.json and build it again: only what is damaged is made anew."
+NOT_A_DEFECT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+"""Errors of a file system that only its owner can mend."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +56,23 @@ Overrides = Annotated[
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, a name below runs/, or a run file.", show_default=False)]
 DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help="A folder of built shards, or a run file.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("pretrain"))
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Text goes in, a pretrained decoder-only Transformer comes out.
+
+    Start with `pretrain demo`. Run files and overrides look the same everywhere:
+    pretrain train RUN.yaml optimizer.peak_lr=3e-4
+    """
 
 
 @app.command()
@@ -75,9 +102,13 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     config = load_config(run_file, overrides or [])
     from pretrain.checkpoint.commit import is_committed
     from pretrain.data.corpus import open_corpus
+    from pretrain.run.folder import RunFolder
     from pretrain.run.supervisor import supervise
 
+    _refuse_a_moved_run(run_file, config)
     open_corpus(config)  # unfinished or unfit data is said before anything is made or started
+    if config.data.verify_before_training and not is_committed(RunFolder.of(config).checkpoints, config.training.total_steps):
+        _refuse_damaged_data(Path(config.data.folder()))
     raise typer.Exit(supervise(config, _say, is_committed))
 
 
@@ -85,13 +116,14 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among this many tokens.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among this many tokens.", show_default=False)] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Choose among the likeliest tokens that reach this probability.", show_default=False)
+        float | None,
+        typer.Option(min=1e-6, max=1.0, help="Choose among the likeliest tokens that reach this probability.", show_default=False),
     ] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed writes the same text.")] = 0,
 ) -> None:
     """Let the newest checkpoint of a run continue a text, to the end-of-text token.
 
@@ -151,7 +183,7 @@ def data_verify(data: DataArgument, as_json: AsJson = False) -> None:
     from data_pipeline.manifest import verify_dataset
 
     folder = _find_data(data)
-    _report_problems(str(folder), verify_dataset(folder, None), as_json)
+    _report_problems(str(folder), verify_dataset(folder, None), as_json, REPAIR)
 
 
 @checkpoints_app.command("list")
@@ -191,7 +223,27 @@ def checkpoints_verify(run: RunArgument, as_json: AsJson = False) -> None:
     from pretrain.checkpoint.commit import list_commits, verify_commit
 
     problems = [problem for path in list_commits(folder.checkpoints) for problem in verify_commit(path)]
-    _report_problems(f"{folder.checkpoints} ({len(list_commits(folder.checkpoints))} commits)", problems, as_json)
+    _report_problems(f"{folder.checkpoints} ({len(list_commits(folder.checkpoints))} commits)", problems, as_json, FALL_BACK)
+
+
+def _refuse_a_moved_run(run_file: Path, config: "RunConfig") -> None:
+    """A `run.yaml` inside a run folder names that folder; in a copy it would go on with the original."""
+    from pretrain.run.folder import RunFolder
+
+    here, named = run_file.resolve().parent, RunFolder.of(config).path
+    if run_file.name == "run.yaml" and (here / "environment.json").is_file() and here != named:
+        raise UserError(
+            f"{run_file} is in another run folder than it names ({named}); to go on here: run.root={here.parent} run.name={here.name}."
+        )
+
+
+def _refuse_damaged_data(folder: Path) -> None:
+    from data_pipeline.manifest import dataset_bytes, load_manifest, verify_dataset
+
+    if (size := dataset_bytes(load_manifest(folder))) > 2e9:
+        _say(f"verifying {size / 1e9:.0f} GB of shards (data.verify_before_training=false leaves it out)")
+    if problems := verify_dataset(folder):
+        raise UserError(f"{folder} is damaged: {'; '.join(problems[:3])}. {REPAIR}")
 
 
 def _find_run(text: str) -> "RunFolder":
@@ -214,13 +266,13 @@ def _find_data(path: Path) -> Path:
     return path
 
 
-def _report_problems(what: str, problems: list[str], as_json: bool) -> None:
+def _report_problems(what: str, problems: list[str], as_json: bool, advice: str) -> None:
     if as_json:
         typer.echo(json.dumps({"verified": what, "problems": problems}))
     else:
         for problem in problems:
             typer.echo(problem)
-        typer.echo(f"{what}: {len(problems)} problems" if problems else f"{what}: every byte is as it was written")
+        typer.echo(f"{what}: {len(problems)} found to be wrong. {advice}" if problems else f"{what}: every byte is as it was written")
     if problems:
         raise typer.Exit(EXIT_MISTAKE)
 
@@ -235,29 +287,45 @@ def _print_mapping(mapping: dict[str, Any], as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    with suppress(OSError):  # nobody listens any more: no reason to stop
+        typer.echo(text, err=True)
 
 
 def main() -> None:
     """Entry point of the command."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does; while ranks run, the supervisor passes them on instead
+        signal.signal(number, _interrupt)
     try:
-        sys.exit(app(standalone_mode=False))
-    except click.UsageError as error:
-        error.show()
-        sys.exit(EXIT_MISTAKE)
+        status = app(prog_name="pretrain", standalone_mode=False)
     except UserError as error:
-        _end(f"error: {error}", EXIT_MISTAKE)
-    except typer.Abort:
-        _end("interrupted", EXIT_RESUMABLE)
+        _say(f"error: {error}")
+        status = EXIT_MISTAKE
     except KeyboardInterrupt:
-        _end("interrupted; the same command goes on where this one was", EXIT_RESUMABLE)
+        status = INTERRUPTED
+    except SystemExit as ended:  # while Ray starts, it answers SIGTERM itself, by ending with the signal's number
+        status = INTERRUPTED if ended.code == signal.SIGTERM else ended.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _end(text: str, status: int) -> None:
-    _say(text)
+        status = EXIT_DONE
+    except OSError as error:
+        if error.errno not in NOT_A_DEFECT:
+            raise
+        _say(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror}.")
+        status = EXIT_MISTAKE
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error: typer carries its own copy of click's classes, by version
+        if show is None:
+            raise
+        show()
+        status = EXIT_MISTAKE
+    if status == INTERRUPTED:
+        _say("interrupted; the same command goes on where this one was")
+        status = EXIT_RESUMABLE
     sys.exit(status)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

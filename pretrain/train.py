@@ -9,6 +9,7 @@ import random
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from pretrain.engine.setup import initialize_engine
 from pretrain.model.decoder import Decoder, initialize_weights
 from pretrain.run.folder import RunFolder
 from pretrain.run.lease import holds_lease
-from pretrain.run.outcome import OUTCOME_FOLDER_VARIABLE, Outcome, write_outcome
+from pretrain.run.outcome import OUTCOME_FOLDER_VARIABLE, Outcome, announce_ready, write_outcome
 from pretrain.run.signals import StopRequest, end_with_parent
 from pretrain.state import TrainState
 from pretrain.watch.evaluate import evaluate
@@ -113,7 +114,8 @@ def resume(engine: DeepSpeedEngine, run: RunFolder, identity: dict[str, str], la
 
     def say(text: str) -> None:
         if layout.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
 
     commit = newest_verified_commit(run.checkpoints, say)
     if commit is None:
@@ -153,10 +155,13 @@ def save(
 def main() -> int:
     """One rank: `python -m pretrain.train RUN_FOLDER ATTEMPT`, started by the supervisor."""
     end_with_parent()
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's calls, not ours
+    warnings.filterwarnings(
+        "ignore", message=r".*torch\.distributed\.\w+` is deprecated.*", category=FutureWarning
+    )  # DeepSpeed's calls, not ours
     stop = StopRequest()
     run, attempt, rank = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), int(os.environ.get("RANK", "0"))
     records = Path(os.environ[OUTCOME_FOLDER_VARIABLE])
+    announce_ready(records)
     try:
         config = run.load_config()
         random.seed(config.run.seed)

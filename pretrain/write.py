@@ -5,7 +5,6 @@ ranks are read by ranges into one model.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -55,10 +54,14 @@ def write_text(
     config = run.load_config()
     commit = newest_intact_commit(run, say)
     say(f"{commit.folder.name}, {commit.state.tokens_seen:,} tokens seen")
-    tokenizer = load_tokenizer(Path(config.data.folder()) / "tokenizer.json", config.data.tokenizer.end_of_text)
+    tokenizer = load_tokenizer(run.tokenizer_file, config.data.tokenizer.end_of_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config, commit, device)
     end_of_text = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid UTF-8 text.") from None
     tokens = [end_of_text, *tokenizer.encode(prompt).ids]
     try:
         new_tokens = generate(

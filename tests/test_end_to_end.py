@@ -177,6 +177,62 @@ def test_a_run_folder_of_another_configuration_lists_the_keys(place: Path) -> No
     assert "run.name=" in said
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], ["bogus"], ["train"], ["config", "show", "x.yaml", "--foo"], ["generate", "a", "--temperature", "abc"]], ids=" ".join
+)
+def test_a_usage_error_is_a_few_lines_and_status_2(arguments: list[str]) -> None:
+    done = pretrain(*arguments, status=2)
+    assert "Usage: pretrain" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_flipped_bit_in_a_shard_is_refused_before_training(place: Path, seed: int) -> None:
+    """Nothing is started and no run folder is made; the message names the file and how to repair it, and that works."""
+    shard = place / "shards" / "units" / "00000" / "train.bin"
+    clean = shard.read_bytes()
+    flip_a_bit(shard, random.Random(seed))
+    said = pretrain("train", place / "sums.yaml", "run.name=on-damaged-data", status=2).stderr
+    assert "units/00000/train.bin: its SHA-256 differs" in said
+    assert "delete its manifest.json and build it again" in said
+    assert not (place / "runs" / "on-damaged-data").exists()
+    manifest = (place / "shards" / "manifest.json").read_bytes()
+    (place / "shards" / "manifest.json").unlink()
+    pretrain("data", "build", place / "sums.yaml")
+    assert shard.read_bytes() == clean
+    assert (place / "shards" / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_stop_at_any_moment_of_a_start_is_polite(place: Path, number: signal.Signals, seed: int) -> None:
+    """A stop signal before the ranks are ready to hear it is passed on when they are: 75, no word of memory, nothing left."""
+    seconds = random.Random(seed).uniform(0.5, 6.0)
+    command = [sys.executable, "-m", "pretrain.cli", "train", str(place / "sums.yaml"), f"run.name=early-{number.name}"]
+    process = subprocess.Popen([*command, "training.total_tokens=25_600_000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    print(f"{number.name} after {seconds:.2f} s")
+    assert process.returncode == 75, said
+    assert "memory" not in said
+    assert "Traceback" not in said
+
+
+def test_a_build_that_is_stopped_says_so_and_goes_on(place: Path) -> None:
+    """SIGTERM in the middle of a build: 75 and a sentence; the same command ends with the same manifest."""
+    command = [sys.executable, "-m", "pretrain.cli", "data", "build", str(place / "sums.yaml"), f"data.root={place}/stopped"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (place / "stopped" / "tokenizer.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "interrupted; the same command goes on" in said
+    pretrain("data", "build", place / "sums.yaml", f"data.root={place}/stopped")
+    assert (place / "stopped" / "manifest.json").read_bytes() == (place / "shards" / "manifest.json").read_bytes()
+
+
 def test_help_answers_at_once() -> None:
     """`pretrain --help` in under half a second (the best of three: the machine may be busy)."""
     seconds = []

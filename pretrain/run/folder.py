@@ -29,6 +29,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.attempts_file = path / "attempts.jsonl"
         self.lease_file = path / "lease.json"
+        self.tokenizer_file = path / "tokenizer.json"
         self.environment_file = path / "environment.json"
 
     @staticmethod
@@ -72,8 +73,11 @@ class RunFolder:
         return existed
 
     def write_description(self, config: RunConfig) -> None:
-        """Write `run.yaml` and `environment.json` (call it with the lease held)."""
+        """Write `run.yaml`, `tokenizer.json` and `environment.json` (call it with the lease held)."""
         write_file(self.config_file, dump_config(config).encode())
+        tokenizer = Path(config.data.folder()) / "tokenizer.json"
+        if tokenizer.is_file():  # so that the run can write text wherever its folder is taken
+            write_file(self.tokenizer_file, tokenizer.read_bytes())
         write_file(self.environment_file, (json.dumps(describe_environment(), indent=1) + "\n").encode())
 
     def attempts(self) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ supervisor maps the records of all ranks to the command's exit status.
 """
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,19 @@ class Outcome:
 
     kind: Literal["done", "stopped", "mistake", "defect"]
     message: str
-    first_step: int = 0
-    last_step: int = 0
+    first_step: int | None = None
+    last_step: int | None = None
     time: float = 0.0
+
+
+def announce_ready(folder: Path) -> None:
+    """Say that this process handles stop signals from now on; before, one would just end it."""
+    (folder / f"{os.getpid()}.ready").touch()
+
+
+def is_ready(folder: Path, pid: int) -> bool:
+    """Whether a process has said that it handles stop signals."""
+    return (folder / f"{pid}.ready").exists()
 
 
 def write_outcome(folder: Path, rank: int, outcome: Outcome) -> None:

@@ -5,8 +5,8 @@ import signal
 import sys
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""What Slurm (USR2 or TERM before the time limit), Kubernetes (TERM) and a person (Ctrl-C) send."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+"""What Slurm (USR2 or TERM before the time limit), Kubernetes (TERM), a person (Ctrl-C) and a closed terminal (HUP) send."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 

@@ -6,6 +6,7 @@ because in the main thread it would take the signals for itself and kill the ran
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from pretrain.run.folder import RunFolder
 from pretrain.run.lease import Lease
-from pretrain.run.outcome import EXIT_DEFECT, EXIT_DONE, OUTCOME_FOLDER_VARIABLE, decide, read_outcomes
+from pretrain.run.outcome import EXIT_DEFECT, EXIT_DONE, OUTCOME_FOLDER_VARIABLE, decide, is_ready, read_outcomes
 from pretrain.run.signals import STOP_SIGNALS, adopt_orphans
 
 RANK_MODULE = "pretrain.train"
@@ -50,12 +51,13 @@ def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Calla
             say(f"{folder.path} is done: all {config.training.total_steps} steps are committed. Nothing was changed.")
             return EXIT_DONE
         folder.write_description(config)
-        say(f"run folder {folder.path} ({'continued, attempt ' + str(lease.attempt) if existed else 'new'}), {num_processes} processes")
+        history = f"continued, attempt {lease.attempt}" if existed else "new"
+        say(f"run folder {folder.path} ({history}), {num_processes} process{'es' if num_processes > 1 else ''}")
         with tempfile.TemporaryDirectory(prefix="pretrain-") as scratch:
             try:
                 status, message, steps = _run_ranks(folder, lease.attempt, num_processes, Path(scratch))
             except Exception:  # the launcher itself failed: an attempt all the same
-                status, message, steps = EXIT_DEFECT, f"the ranks could not be started:\n{traceback.format_exc()}", (0, 0)
+                status, message, steps = EXIT_DEFECT, f"the ranks could not be started:\n{traceback.format_exc()}", (None, None)
         folder.record_attempt(
             {
                 "attempt": lease.attempt,
@@ -64,7 +66,7 @@ def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Calla
                 "started": lease.started,
                 "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "status": status,
-                "cause": message.splitlines()[0] if message else "",
+                "cause": _cause(message),
                 "first_step": steps[0],
                 "last_step": steps[1],
                 "num_processes": num_processes,
@@ -106,7 +108,7 @@ def rank_environment(num_processes: int, outcome_folder: Path, has_gpu: bool) ->
     return {key: os.environ.get(key, value) if key != OUTCOME_FOLDER_VARIABLE else value for key, value in wanted.items()}
 
 
-def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Path) -> tuple[int, str, tuple[int, int]]:
+def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Path) -> tuple[int, str, tuple[int | None, int | None]]:
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -116,6 +118,7 @@ def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Pat
     outcomes = scratch / "outcomes"
     outcomes.mkdir()
     os.environ.update(rank_environment(num_processes, outcomes, torch.cuda.is_available()))
+    tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)  # what torch's agent and the tracker leave there goes with it
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -138,7 +141,7 @@ def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Pat
     os.environ.pop("WANDB_SERVICE", None)  # a tracker that our own parent started would outlive the ranks
     adopt_orphans()
     agent = threading.Thread(target=launch_agent, name="elastic agent")
-    with _PassSignalsOn() as signals_received:
+    with _PassSignalsOn(outcomes) as signals_received:
         agent.start()
         while agent.is_alive():
             agent.join(0.1)
@@ -152,9 +155,26 @@ def _run_ranks(folder: RunFolder, attempt: int, num_processes: int, scratch: Pat
             raise error
     records = read_outcomes(outcomes)
     status, message = decide(records, exit_codes)
-    first = min((record.first_step for record in records.values()), default=0)
-    last = max((record.last_step for record in records.values()), default=0)
-    return status, _shorten(message), (first, last)
+    told = [(record.first_step, record.last_step) for record in records.values() if record.last_step is not None]
+    return status, _shorten(message), told[0] if told else _logged_steps(folder, attempt)
+
+
+def _cause(message: str) -> str:
+    """A line for `attempts.jsonl`: the first; of a traceback also the last, which names the exception."""
+    lines = [line for line in message.splitlines() if line.strip()] or [""]
+    return f"{lines[0]} {lines[-1]}" if "Traceback" in message else lines[0]
+
+
+def _logged_steps(folder: RunFolder, attempt: int) -> tuple[int | None, int | None]:
+    """The first and last step that an attempt logged, where it could not say itself how far it came."""
+    steps: list[int] = []
+    path = folder.path / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if row["attempt"] == attempt:
+                steps.append(int(row["step"]))
+    return (min(steps), max(steps)) if steps else (None, None)
 
 
 def _shorten(message: str) -> str:
@@ -168,7 +188,8 @@ class _PassSignalsOn:
     The first and second ask the ranks to stop, the third ends them at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ready_folder: Path) -> None:
+        self._ready_folder = ready_folder
         self._count = 0
         self._told: dict[int, int] = {}
         self._before: dict[int, Any] = {}
@@ -180,13 +201,19 @@ class _PassSignalsOn:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        text = ("stopping after this step, then saving", "still stopping; once more ends the run without saving", "ending at once")
-        os.write(2, f"\n{signal.Signals(number).name}: {text[min(self._count, 3) - 1]}\n".encode())
+        text = (
+            "stopping after the step that is running, then saving",
+            "still stopping; once more ends the run without saving",
+            "ending at once",
+        )
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: {text[min(self._count, 3) - 1]}\n".encode())
 
     def pass_on(self) -> None:
         """Tell each rank how often we were asked, once."""
         for child in psutil.Process().children() if self._count else []:
-            if self._told.get(child.pid, 0) < self._count:
+            ready = is_ready(self._ready_folder, child.pid) or self._count >= 3
+            if ready and self._told.get(child.pid, 0) < self._count:
                 self._told[child.pid] = self._count
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.send_signal(signal.SIGTERM if self._count < 3 else signal.SIGKILL)

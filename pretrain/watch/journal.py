@@ -23,13 +23,13 @@ class Journal:
     def __init__(self, config: RunConfig, folder: Path, attempt: int, state: TrainState, is_writer: bool) -> None:
         """`folder`: the run folder."""
         self._attempt = attempt
-        self._throughput = Throughput(state.tokens_seen)
         self._progress = ProgressReport(config.training.total_steps, state.step, is_writer)
         self._log = self._tracker = None
         if is_writer:
             cut_back(folder / METRICS_FILE, state.step)
             self._log = MetricsLog(folder / METRICS_FILE)
             self._tracker = start_tracking(config, folder, self._progress.say)
+        self._throughput = Throughput(state.tokens_seen)
 
     def step(self, state: TrainState, loss: float, learning_rate: float, gradient_norm: float | None) -> None:
         """A logged step. loss: the true mean over the global batch, in nats per token."""

@@ -17,7 +17,7 @@ import wandb
 from configs.durable import write_file
 from configs.schema import RunConfig
 
-INIT_TIMEOUT_SECONDS = 30
+INIT_TIMEOUT_SECONDS = 20
 # What could not be uploaded by then stays in the run folder for `wandb sync`.
 FINISH_TIMEOUT_SECONDS = 60
 
@@ -55,6 +55,10 @@ def start_tracking(config: RunConfig, folder: Path, say: Callable[[str], None]) 
     mode = choose_mode(config)
     if mode == "disabled":
         return None
+    if mode == "online":
+        say("contacting Weights & Biases")
+    elif config.watch.wandb == "online":
+        say("watch.wandb is online, but no API key is configured or WANDB_MODE differs: recorded offline, for `wandb sync`.")
     logging.getLogger("wandb").setLevel(logging.ERROR)
     settings = wandb.Settings(
         silent=True,
@@ -91,6 +95,7 @@ def start_tracking(config: RunConfig, folder: Path, say: Callable[[str], None]) 
             say(f"Weights & Biases could not be started ({error}); metrics.jsonl holds every value.")
             return None
         say(f"Weights & Biases could not be reached ({error}); this attempt is recorded offline.")
+        wandb.teardown()  # its service still holds the run's id
     try:
         return start("offline")
     except Exception as error:

@@ -19,11 +19,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 # What may differ when a run folder is started again. Written out here, so that a new mark is a decision.
 CHANGEABLE_KEYS = {
+    "run.name",
     "run.root",
     "run.readable_by",
     "data.root",
     "data.quarantine_limit",
     "data.workers",
+    "data.verify_before_training",
     "training.micro_batch_samples",
     "parallel.zero_stage",
     "parallel.processes",

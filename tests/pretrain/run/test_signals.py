@@ -21,7 +21,7 @@ def _handlers_come_back() -> Iterator[None]:
 
 
 def test_these_are_the_signals() -> None:
-    assert set(STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+    assert set(STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP}
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
