@@ -52,6 +52,7 @@ class ProgressReport:
                 print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressReport":
+        self._began = self._said = time.monotonic()  # what came before was not training
         if self._bar is not None:
             self._bar.start()
         return self
