@@ -205,9 +205,13 @@ def test_a_flipped_bit_in_a_shard_is_refused_before_training(place: Path, seed: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_stop_at_any_moment_of_a_start_is_polite(place: Path, number: signal.Signals, seed: int) -> None:
     """A stop signal before the ranks are ready to hear it is passed on when they are: 75, no word of memory, nothing left."""
-    seconds = random.Random(seed).uniform(0.5, 6.0)
+    seconds = random.Random(seed).uniform(0, 5)
+    lease = place / "runs" / f"early-{number.name}" / "lease.json"
     command = [sys.executable, "-m", "pretrain.cli", "train", str(place / "sums.yaml"), f"run.name=early-{number.name}"]
     process = subprocess.Popen([*command, "training.total_tokens=25_600_000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not lease.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
