@@ -20,6 +20,8 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 # or what is watched, never what is learnt. Every other key must be equal to the folder's own.
 CHANGEABLE: JsonDict = {"changeable_on_resume": True}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+FUNCTION_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+SOURCE_FORMATS = ("auto", "text", "jsonl", "parquet", "warc", "datasets", "hub", "megatron")
 
 
 class Section(BaseModel):
@@ -56,13 +58,23 @@ class SourceSection(Section):
     name: str
     """Short name, used in the manifest and in reports."""
     path: Annotated[str, Field(min_length=1)]
-    """A file, or a folder that is searched for files; `{stdlib}` stands for the running Python's own library."""
-    format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
-    """auto: by each file's suffix. text: a file is a document. datasets: a Hugging Face `save_to_disk` folder."""
+    """A file, a folder that is searched for files, a glob, or a URL of any of these that fsspec reads (`s3://bucket/x/*.jsonl.zst`,
+    `gs://`, `hf://`); for format hub, the name of a data set. `{stdlib}` stands for the running Python's own library."""
+    format: str = "auto"
+    """auto: by each file's suffix; text (a file is a document), jsonl, parquet, warc (WARC and WET); datasets: a Hugging Face
+    `save_to_disk` folder; hub: a Hugging Face data set, streamed; megatron: prefixes of `.bin` and `.idx`, already tokenised;
+    or `package.module:function` of your own, which is given a local path and yields one mapping for each document."""
     pattern: str = "**/*"
     """Which files below a folder (a glob); hidden files and folders are left out."""
     text_field: str = "text"
-    """The field of a jsonl, parquet or datasets row that holds the text."""
+    """The field of a row that holds the text."""
+    id_field: str | None = None
+    """The field of a row that names the document, kept beside its tokens."""
+    metadata_fields: tuple[str, ...] = ()
+    """Fields of a row that are kept beside its tokens, and that rules may look at."""
+    settings: dict[str, Any] = {}
+    """Further arguments: of `datasets.load_dataset` for format hub (`name`, `split`, `revision`), of fsspec for a URL, or of
+    a function of your own."""
 
     @field_validator("name")
     @classmethod
@@ -70,6 +82,57 @@ class SourceSection(Section):
         if not NAME_PATTERN.fullmatch(name):
             raise ValueError("a source name has 1 to 64 letters, digits, '.', '_' or '-'")
         return name
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        if name not in SOURCE_FORMATS and not FUNCTION_PATTERN.fullmatch(name):
+            raise ValueError(f"wanted one of {', '.join(SOURCE_FORMATS)}, or package.module:function of your own")
+        return name
+
+
+class RuleSection(Section):
+    """One rule of cleaning: it keeps a document, changes it, or drops it for a reason. A plain name is short for {rule: name}."""
+
+    rule: str
+    """The name of one of ours (`pretrain data rules` lists them), or `package.module:function` of your own."""
+    settings: dict[str, Any] = {}
+    """The rule's arguments by name; those left out have the published values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, found: Any) -> Any:
+        return {"rule": found} if isinstance(found, str) else found
+
+
+class NearDuplicatesSection(Section):
+    """Documents whose words are nearly the same, found by MinHash and locality-sensitive hashing."""
+
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Two documents are near duplicates when the estimated Jaccard similarity of their word shingles is at least this."""
+    num_permutations: PositiveInt = 128
+    """Hash functions of a signature; the estimate's standard error is at most 0.5 / sqrt of it."""
+    num_bands: PositiveInt = 16
+    """A divisor of `num_permutations`: two documents are compared when all rows of one band agree."""
+    shingle_words: PositiveInt = 5
+    """Consecutive words that make a shingle."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """Chooses the hash functions."""
+
+    @model_validator(mode="after")
+    def _bands(self) -> "NearDuplicatesSection":
+        if self.num_permutations % self.num_bands:
+            raise ValueError(f"num_bands {self.num_bands} does not divide num_permutations {self.num_permutations}")
+        return self
+
+
+class DeduplicationSection(Section):
+    """What is dropped because it is there already; the document that comes first in the sources' order stays."""
+
+    exact: bool = True
+    """Drop documents whose text, after cleaning, is that of another."""
+    near: NearDuplicatesSection | None = None
+    """Drop near duplicates too; null: only exact ones."""
 
 
 class TokenizerSection(Section):
@@ -83,6 +146,11 @@ class TokenizerSection(Section):
     """At most this much text is sampled, evenly over the work units, to train on."""
     end_of_text: str = "<|endoftext|>"
     """The token placed after every document; generation stops at it."""
+    engine: Literal["auto", "fastokens", "tokenizers"] = Field(default="auto", json_schema_extra=CHANGEABLE)
+    """What encodes: fastokens (fast, checked against tokenizers) or tokenizers, which defines the ids. auto: fastokens where it
+    reads the tokenizer."""
+    checked_fraction: Fraction = Field(default=0.002, json_schema_extra=CHANGEABLE)
+    """Share of each work unit's text (at least one document) that is encoded by tokenizers too; one differing id ends the build."""
 
 
 class DataSection(Section):
@@ -92,11 +160,19 @@ class DataSection(Section):
     """Folder of the built shards and their manifest; when null, `datasets/` + the name of the first source."""
     sources: tuple[SourceSection, ...] = ()
     """Where documents come from, at least one."""
+    clean: tuple[RuleSection, ...] = ()
+    """Rules that every document passes, in this order."""
+    deduplicate: DeduplicationSection | None = None
+    """What is dropped because it is there twice; null: nothing."""
     tokenizer: TokenizerSection = TokenizerSection()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Shuffles the documents within each shard."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
     """Share of the documents kept out of training for evaluation, chosen by a hash of each document's id."""
     work_unit_bytes: PositiveInt = 16_000_000
-    """Files are gathered into work units of about this many bytes; a unit becomes one shard."""
+    """Files are gathered into work units of about this many bytes, and large ones split where their format allows it."""
+    shard_tokens: PositiveInt = 32_000_000
+    """A work unit's tokens are cut into shards of about this many (a document stays whole)."""
     largest_document_bytes: PositiveInt = 50_000_000
     """A larger document goes to quarantine instead of into memory."""
     quarantine_limit: Fraction = Field(default=0.01, json_schema_extra=CHANGEABLE)

@@ -1,16 +1,20 @@
-"""The two records that leave a source: a document that is kept, and a rejection that says why one is not.
+"""What leaves a source: a document, or a rejection that says why there is none; and what a rule drops.
 
-Every row of every input becomes exactly one of them, so that read == kept + quarantined can be asserted.
+Every row of every input becomes exactly one of these, so that read == kept + dropped + quarantined can be asserted.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 HASH_HEX_DIGITS = 24  # 96 bits: among 10^12 documents, two share an id with a chance of 10^-5
 SHOWN_BYTES = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """A text and where it came from."""
 
@@ -19,8 +23,14 @@ class Document:
     file: str
     """Path relative to the source's root, with `/`."""
     position: int
-    """Line of a jsonl file, from 1; row of a parquet or arrow file, from 0; 0 where a file is a document."""
+    """Where it stands in its file: the byte (after unpacking) where its line starts in jsonl, the number of its row from 0 in
+    parquet and arrow, of its record from 0 in WARC and in what a function of the user's yields; shard * 2**32 + row in a
+    streamed data set; 0 where a file is a document."""
     text: str
+    name: str | None = None
+    """The value of the source's `id_field`."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The values of the source's `metadata_fields`."""
 
     @property
     def document_id(self) -> str:
@@ -28,7 +38,24 @@ class Document:
         return identify_document(self.source, self.file, self.position)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class TokenDocument:
+    """A document of a source that was tokenised elsewhere."""
+
+    source: str
+    file: str
+    position: int
+    """Its number in the shard, from 0."""
+    tokens: np.ndarray[Any, Any]
+    """Ids, 1-D, as they were found."""
+
+    @property
+    def document_id(self) -> str:
+        """As in `Document`."""
+        return identify_document(self.source, self.file, self.position)
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A document that cannot be used, and what a person needs to find and mend it."""
 
@@ -37,12 +64,27 @@ class Rejected:
     position: int
     """As in `Document`; for a file that is damaged as a whole, 0."""
     offset: int | None
-    """Byte in the (decompressed) file where the document starts, or where the bad bytes are; None for a table's row."""
+    """Byte in the (unpacked) file where the document starts, or where the bad bytes are; None for a table's row."""
     reason: str
     """One word of the list in `formats.py`, for counting."""
     detail: str
     first_bytes: str
     """The first bytes at `offset`, in hexadecimal."""
+    line: int | None = None
+    """Number of the line from 1, where that is known: within a file that is split, only its first part knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A document that a rule of cleaning, or deduplication, decided against."""
+
+    document: Document
+    reason: str
+    """One word, for counting."""
+
+
+Rule = Callable[[Document], Document | str]
+"""A rule of cleaning gives the document back, changed or not, or the reason why it is dropped: one word, for counting."""
 
 
 def identify_document(source: str, file: str, position: int) -> str:

@@ -25,6 +25,8 @@ CHANGEABLE_KEYS = {
     "data.root",
     "data.quarantine_limit",
     "data.workers",
+    "data.tokenizer.engine",
+    "data.tokenizer.checked_fraction",
     "data.verify_before_training",
     "training.micro_batch_samples",
     "parallel.zero_stage",
