@@ -1,0 +1,369 @@
+"""Duplicates: what is dropped is what a slow and obvious search drops, however the documents are cut into units and tasks."""
+
+import pickle
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from configs.schema import DeduplicationSection, NearDuplicatesSection
+from data_pipeline import dedup
+from data_pipeline.dedup import (
+    EXACT_DUPLICATE,
+    NEAR_DUPLICATE,
+    Duplicates,
+    Survey,
+    are_marked,
+    connected_components,
+    content_hash,
+    count_matches,
+    exact_partition,
+    find_duplicates,
+    load_duplicates,
+    mark_documents,
+    merge_surveys,
+    near_partition,
+    needed_matches,
+    unite,
+    write_survey,
+)
+from data_pipeline.minhash import NO_SHINGLES, band_hashes, signatures
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+NEAR = NearDuplicatesSection(similarity=0.5, num_permutations=8, num_bands=4)
+
+
+@dataclass
+class Documents:
+    """What is surveyed of made-up documents."""
+
+    hashes: np.ndarray[Any, Any]
+    signatures: np.ndarray[Any, Any]
+
+
+@dataclass
+class Limits:
+    """The module's constants that a test makes small."""
+
+    DOCUMENTS_PER_TASK: int = 4_000_000
+    MOST_SURVEYS: int = 64
+    SURVEYS_PER_MERGE: int = 4096
+    BLOCK_BYTES: int = 1 << 25
+    ALL_PAIRS: int = 64
+    MOST_CENTRES: int = 64
+
+
+def make_documents(rng: random.Random, count: int, kinds: int) -> Documents:
+    """Copies of `kinds` signatures with some numbers changed, so that alike is not transitive; some have no words."""
+    pool = [[rng.randrange(3) for _ in range(8)] for _ in range(kinds)]
+    rows = [[number if rng.random() < 0.7 else rng.randrange(3) for number in rng.choice(pool)] for _ in range(count)]
+    rows = [row if rng.random() < 0.95 else [NO_SHINGLES] * 8 for row in rows]
+    # Equal upper halves with different lower ones, and the ends of the range.
+    halves = [0, 1, 1 << 63, (1 << 64) - 1]
+    hashes = [[rng.choice(halves), rng.randrange(max(1, count // 2))] for _ in range(count)]
+    return Documents(np.array(hashes, dtype=np.uint64).reshape(-1, 2), np.array(rows, dtype=np.uint32).reshape(-1, 8))
+
+
+def write_units(root: Path, documents: Documents, bounds: Sequence[int], near: NearDuplicatesSection | None) -> list[Path]:
+    folders = []
+    for index, (first, end) in enumerate(pairwise(bounds)):
+        folders.append(root / f"unit-{index}")
+        folders[-1].mkdir(parents=True)
+        blocks = np.array_split(documents.signatures[first:end], 2)
+        write_survey(folders[-1], documents.hashes[first:end], blocks if near else (), near)
+    return folders
+
+
+def run_anyhow(rng: random.Random) -> Any:
+    """Runs tasks in another order, some of them twice, and after a journey."""
+
+    def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
+        for task in rng.sample(list(tasks), len(tasks)):
+            carried = pickle.loads(pickle.dumps((function, task)))
+            if rng.random() < 0.3:
+                carried[0](carried[1])
+            yield task, carried[0](carried[1])
+
+    return run
+
+
+def numbers_by_reason(found: Duplicates, bounds: Sequence[int]) -> dict[int, list[int]]:
+    result: dict[int, list[int]] = {EXACT_DUPLICATE: [], NEAR_DUPLICATE: []}
+    for first, unit in zip(bounds, found.units, strict=False):
+        assert unit.ordinals.dtype == np.uint32 and unit.reasons.dtype == np.uint8
+        assert (np.diff(unit.ordinals.astype(np.int64)) > 0).all()
+        for ordinal, reason in zip(unit.ordinals.tolist(), unit.reasons.tolist(), strict=True):
+            result[reason].append(first + ordinal)
+    return result
+
+
+def search_slowly(documents: Documents, settings: DeduplicationSection, limits: Limits) -> dict[int, list[int]]:
+    """The definition of the module's docstring, in plain Python."""
+    count = len(documents.hashes)
+    seen: set[tuple[int, ...]] = set()
+    exact: list[int] = []
+    for number, content in enumerate(map(tuple, documents.hashes.tolist())):
+        if settings.exact and content in seen:
+            exact.append(number)
+        seen.add(content)
+    lowest = list(range(count))
+
+    def connect(first: int, second: int) -> None:
+        old, new = sorted((lowest[first], lowest[second]), reverse=True)
+        lowest[:] = [new if label == old else label for label in lowest]
+
+    if settings.near and count:
+        rows = documents.signatures.tolist()
+
+        def alike(first: int, second: int) -> bool:
+            equal = sum(one == other for one, other in zip(rows[first], rows[second], strict=True))
+            return equal / settings.near.num_permutations >= settings.near.similarity  # pyright: ignore[reportOptionalMemberAccess]
+
+        for band in band_hashes(documents.signatures, settings.near.num_bands).T.tolist():
+            buckets: dict[int, list[int]] = defaultdict(list)
+            for number, key in enumerate(band):
+                if number not in exact and rows[number] != [NO_SHINGLES] * len(rows[number]):
+                    buckets[key].append(number)
+            for bucket in buckets.values():
+                centres = list(bucket) if len(bucket) <= limits.ALL_PAIRS else []
+                for number in bucket:
+                    if len(bucket) <= limits.ALL_PAIRS:
+                        for other in bucket:
+                            if alike(number, other):
+                                connect(number, other)
+                    elif joined := [centre for centre in centres if alike(centre, number)]:
+                        connect(joined[0], number)
+                    elif len(centres) < limits.MOST_CENTRES:
+                        centres.append(number)
+    return {EXACT_DUPLICATE: exact, NEAR_DUPLICATE: [number for number in range(count) if lowest[number] != number]}
+
+
+def find(root: Path, documents: Documents, bounds: Sequence[int], settings: DeduplicationSection, rng: random.Random) -> Duplicates:
+    folders = write_units(root, documents, bounds, settings.near)
+    return find_duplicates(folders, settings, root / "work", run_anyhow(rng), lambda _step, _done, _total: None)
+
+
+@hypothesis_settings(max_examples=40)
+@given(
+    st.integers(0, 2**32),
+    st.integers(0, 40),
+    st.integers(1, 6),
+    st.booleans(),
+    st.booleans(),
+    st.builds(
+        Limits,
+        DOCUMENTS_PER_TASK=st.sampled_from([1, 3, 10, 1000]),
+        MOST_SURVEYS=st.sampled_from([0, 2, 64]),
+        SURVEYS_PER_MERGE=st.sampled_from([1, 2, 100]),
+        BLOCK_BYTES=st.sampled_from([1, 100, 1 << 20]),
+        ALL_PAIRS=st.sampled_from([1, 2, 4, 64]),
+        MOST_CENTRES=st.sampled_from([1, 2, 64]),
+    ),
+)
+def test_it_finds_what_a_slow_search_finds(seed: int, count: int, kinds: int, exact: bool, near: bool, limits: Limits):
+    rng = random.Random(seed)
+    documents = make_documents(rng, count, kinds)
+    bounds = [0, *sorted(rng.choices(range(count + 1), k=rng.randrange(6))), count]
+    settings = DeduplicationSection(exact=exact, near=NEAR if near else None)
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        for name, value in vars(limits).items():
+            patch.setattr(dedup, name, value)
+        found = find(Path(root), documents, bounds, settings, rng)
+        by_reason = numbers_by_reason(found, bounds)
+        assert by_reason == search_slowly(documents, settings, limits)
+        assert found.counts.num_documents == count
+        assert found.counts.num_exact_duplicates == len(by_reason[EXACT_DUPLICATE])
+        assert found.counts.num_near_duplicates == len(by_reason[NEAR_DUPLICATE])
+        for index, unit in enumerate(found.units):
+            again = load_duplicates(Path(root) / "work", index)
+            assert (again.ordinals.tolist(), again.reasons.tolist()) == (unit.ordinals.tolist(), unit.reasons.tolist())
+        left = {path.name for path in (Path(root) / "work").iterdir()}
+        assert left - {dedup.LOSERS} == {dedup.ORDINALS, dedup.REASON_CODES, dedup.UNIT_BOUNDS}
+
+
+def test_neither_units_nor_tasks_matter(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
+    rng = random.Random(seed)
+    documents = make_documents(rng, 3000, 400)
+    settings = DeduplicationSection(near=NEAR)
+    results = []
+    for index, (units, per_task, most_surveys) in enumerate([(1, 10**6, 64), (2, 500, 64), (70, 1500, 64), (20, 1000, 64), (30, 700, 2)]):
+        monkeypatch.setattr(dedup, "DOCUMENTS_PER_TASK", per_task)
+        monkeypatch.setattr(dedup, "MOST_SURVEYS", most_surveys)
+        bounds = [0, *sorted(rng.choices(range(3001), k=units - 1)), 3000]
+        found = find(tmp_path / str(index), documents, bounds, settings, rng)
+        results.append((numbers_by_reason(found, bounds), found.counts))
+    assert results[0][0][EXACT_DUPLICATE] and results[0][0][NEAR_DUPLICATE]
+    assert all(result == results[0] for result in results)
+
+
+def test_parts_together_are_the_whole(tmp_path: Path, seed: int):
+    documents = make_documents(random.Random(seed), 400, 30)
+    folders = write_units(tmp_path, documents, [0, 100, 100, 250, 400], NEAR)
+    whole = exact_partition(folders, 0, 1)
+    parts = [exact_partition(folders, part, 7) for part in range(7)]
+    assert sorted(np.concatenate([part.documents for part in parts]).tolist()) == whole.documents.tolist()
+    assert sum(part.num_clusters for part in parts) == whole.num_clusters
+    assert max(part.biggest_cluster for part in parts) == whole.biggest_cluster
+    bits = np.zeros(50, dtype=np.uint8)
+    mark_documents(bits, whole.documents)
+    edges = near_partition(folders, 2, 0, 1, bits, NEAR)
+    pieces = [near_partition(folders, 2, part, 3, bits, NEAR) for part in range(3)]
+    assert sorted(map(tuple, np.concatenate([piece.pairs for piece in pieces]).tolist())) == sorted(map(tuple, edges.pairs.tolist()))
+    assert sum(piece.num_compared for piece in pieces) == edges.num_compared > 0
+    assert not np.isin(edges.pairs, whole.documents).any()
+
+
+def test_a_merged_survey_is_that_of_one_unit(tmp_path: Path, seed: int):
+    documents = make_documents(random.Random(seed), 100, 10)
+    parts = write_units(tmp_path / "parts", documents, [0, 0, 30, 31, 100, 100], NEAR)
+    (whole,) = write_units(tmp_path / "whole", documents, [0, 100], NEAR)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    merge_surveys(parts, merged)
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted(path.name for path in merged.iterdir()) == ["bands.npy", "exact.npy", "signatures.npy"]
+    for name in files:
+        assert (merged / name).read_bytes() == (whole / name).read_bytes()
+        np.save(tmp_path / name, np.load(whole / name))
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_real_texts_through_a_survey(tmp_path: Path, seed: int):
+    rng = random.Random(seed)
+    words = [f"word{number}" for number in range(5000)]
+    base = [" ".join(rng.choices(words, k=300)) for _ in range(20)]
+    near = [" ".join([*text.split()[:150], "changed", *text.split()[151:]]) for text in base[:5]]
+    short = ["yes", "Yes!", "no", "...", "!!!"]
+    texts = [*base, *near, *short, base[7], base[7], "yes"]
+    settings = DeduplicationSection(near=NearDuplicatesSection())
+    folders = []
+    for index, (first, end) in enumerate([(0, 22), (22, 22), (22, len(texts))]):
+        survey = Survey(settings)
+        for place in range(first, end, 4):
+            survey.add(texts[place : min(place + 4, end)])
+        folders.append(tmp_path / str(index))
+        folders[-1].mkdir()
+        survey.write(folders[-1])
+    steps: list[str] = []
+    found = find_duplicates(
+        folders, settings, tmp_path / "work", run_anyhow(rng), lambda step, done, total: steps.append(f"{step} {done}/{total}")
+    )
+    assert numbers_by_reason(found, [0, 22, 22]) == {EXACT_DUPLICATE: [30, 31, 32], NEAR_DUPLICATE: [20, 21, 22, 23, 24, 26]}
+    assert steps[0] == "exact duplicates 1/1" and steps[-1] == "near duplicates 16/16" and len(steps) == 17
+    counts = found.counts
+    assert (counts.num_exact_clusters, counts.biggest_exact_cluster) == (2, 3)
+    assert (counts.num_near_clusters, counts.biggest_near_cluster) == (6, 2)
+    assert counts.num_compared > counts.num_refused >= 0
+
+
+def test_exact_only_needs_no_signatures(tmp_path: Path):
+    survey = Survey(DeduplicationSection())
+    survey.add(["one", "two", "one", ""])
+    survey.add([])
+    survey.add(["two", "\ud800", ""])
+    survey.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["exact.npy"]
+    assert exact_partition([tmp_path], 0, 1).documents.tolist() == [2, 4, 6]
+
+
+def test_no_units_and_empty_units(tmp_path: Path, seed: int):
+    settings = DeduplicationSection(near=NEAR)
+    nothing = Documents(np.zeros((0, 2), dtype=np.uint64), np.zeros((0, 8), dtype=np.uint32))
+    for index, bounds in enumerate([[0], [0, 0], [0, 0, 0]]):
+        found = find(tmp_path / str(index), nothing, bounds, settings, random.Random(seed))
+        assert [len(unit.ordinals) for unit in found.units] == [0] * (len(bounds) - 1)
+        assert found.counts.num_documents == found.counts.num_near_clusters == 0
+
+
+def test_a_survey_of_other_rows_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="1 signatures for 2 documents"):
+        write_survey(tmp_path, np.zeros((2, 2), dtype=np.uint64), [np.zeros((1, 8), dtype=np.uint32)], NEAR)
+
+
+def test_a_large_bucket_costs_a_bounded_number_of_comparisons(tmp_path: Path, seed: int):
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, 1 << 32, (20_000, 8), dtype=np.uint32)
+    rows[:, :2] = 7  # one bucket of documents that are not alike
+    rows[5000::100] = rows[0]
+    rows[7001] = rows[7000 - 1]  # alike, but no centre is like them
+    write_survey(tmp_path, rng.integers(0, 1 << 64, (20_000, 2), dtype=np.uint64), [rows], NEAR)
+    edges = near_partition([tmp_path], 0, 0, 1, None, NEAR)
+    assert edges.pairs.tolist() == [[0, number] for number in range(5000, 20_000, 100)]
+    assert edges.num_compared <= dedup.MOST_CENTRES * 20_000
+    assert edges.num_refused == edges.num_compared - 150
+
+
+@given(st.integers(1, 60), st.integers(0, 80), st.integers(0, 2**32), st.integers(1, 4))
+def test_components_are_those_of_a_search(count: int, num_edges: int, seed: int, batches: int):
+    rng = np.random.default_rng(seed)
+    edges = rng.integers(0, count, (num_edges, 2))
+    lowest = list(range(count))
+    for first, second in edges.tolist():
+        old, new = sorted((lowest[first], lowest[second]), reverse=True)
+        lowest = [new if label == old else label for label in lowest]
+    assert connected_components(edges, count).tolist() == lowest
+    parents = np.arange(count, dtype=np.uint32)
+    for batch in np.array_split(edges, batches):
+        unite(parents, batch)
+    assert dedup.find_roots(parents, np.arange(count)).tolist() == lowest
+
+
+@pytest.mark.parametrize("shape", ["path", "shuffled path", "star", "upside-down star"])
+def test_components_of_long_shapes_are_fast(seed: int, shape: str):
+    rng = np.random.default_rng(seed)
+    names = rng.permutation(200_000) if shape == "shuffled path" else np.arange(200_000)
+    first = {"star": np.zeros(199_999, dtype=np.int64), "upside-down star": np.full(199_999, 199_999)}.get(shape, names[:-1])
+    second = names[:-1] if shape == "upside-down star" else names[1:]
+    assert not connected_components(np.stack([first, second], axis=1), 200_000).any()
+
+
+def test_bits(seed: int):
+    rng = np.random.default_rng(seed)
+    documents = np.unique(rng.integers(0, 1000, 300))
+    bits = np.zeros(125, dtype=np.uint8)
+    mark_documents(bits, documents)
+    assert np.flatnonzero(are_marked(bits, np.arange(1000))).tolist() == documents.tolist()
+
+
+@pytest.mark.parametrize(
+    ("similarity", "permutations", "needed"), [(0.8, 128, 103), (1.0, 128, 128), (0.5, 8, 4), (0.07, 100, 7), (0.001, 8, 1)]
+)
+def test_needed_matches(similarity: float, permutations: int, needed: int):
+    assert needed_matches(NearDuplicatesSection(similarity=similarity, num_permutations=permutations, num_bands=1)) == needed
+
+
+def test_matches_are_counted(seed: int):
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(0, 2, (2, 50, 300), dtype=np.uint32)
+    assert count_matches(first, second).tolist() == (first == second).sum(axis=1).tolist()
+    assert count_matches(first[:, None], second[None, :3]).shape == (50, 3)
+
+
+def test_a_content_hash_is_of_the_exact_text():
+    hashes = {content_hash(text) for text in ("a", "A", "a ", "", "\ud800", "\udfff", "é", "e\u0301")}
+    assert len(hashes) == 8 and all(len(found) == 16 for found in hashes)
+
+
+def test_the_lowest_number_stays_also_across_units(tmp_path: Path):
+    texts = ["same words " * 20, "else"]
+    settings = DeduplicationSection(near=NearDuplicatesSection())
+    assert settings.near is not None
+    folders = [tmp_path / name for name in ("b", "a")]  # the order that is given counts, not that of the names
+    for folder, order in zip(folders, ([0, 1], [1, 0]), strict=True):
+        folder.mkdir()
+        rows = signatures([texts[index] for index in order], settings.near)
+        hashes = np.array([[index, index] for index in order], dtype=np.uint64)
+        write_survey(folder, hashes, [rows], settings.near)
+    found = find_duplicates(folders, settings, tmp_path / "work", run_anyhow(random.Random(1)), lambda *_: None)
+    assert [unit.ordinals.tolist() for unit in found.units] == [[], [0, 1]]
