@@ -1,23 +1,30 @@
-"""Which texts the tokenizer is trained on: the first ones of every work unit, an equal share of bytes from each."""
+"""Which texts the tokenizer is trained on: the first ones of work units spread over all, an equal share of bytes from each."""
 
 from collections.abc import Callable, Iterator
 
-from data_pipeline.documents import Document
-from data_pipeline.sources import WorkUnit, read_unit
+from data_pipeline.documents import Document, Rejected, TokenDocument
+from data_pipeline.sources import WorkUnit
+
+SAMPLED_UNITS = 256  # of 10 TB in units of 16 MB every one would be opened for a few hundred bytes
 
 
 def sample_texts(
-    units: tuple[WorkUnit, ...], training_bytes: int, largest_document_bytes: int, tell: Callable[[int, int], None]
+    units: tuple[WorkUnit, ...],
+    training_bytes: int,
+    read: Callable[[WorkUnit], Iterator[Document | Rejected | TokenDocument]],
+    tell: Callable[[int, int], None],
 ) -> Iterator[str]:
     """At most `training_bytes` of text (UTF-8), the same for the same units; a text that exceeds what is left is cut.
 
-    What a small unit leaves of its share is divided among those behind it. `tell` gets the number of units sampled and
-    the bytes so far. Raises OSError as `read_unit` does.
+    `read` gives a unit's items, of which only documents count. What a small unit leaves of its share is divided among those
+    behind it. `tell` gets the number of units sampled (at most `SAMPLED_UNITS`) and the bytes so far. Raises what `read` does.
     """
+    num_chosen = min(len(units), SAMPLED_UNITS)
     left = training_bytes
-    for done, unit in enumerate(units):
-        share = left // (len(units) - done)
-        for item in read_unit(unit, largest_document_bytes):
+    for done in range(num_chosen):
+        unit = units[done * len(units) // num_chosen]
+        share = left // (num_chosen - done)
+        for item in read(unit):
             if share <= 0:
                 break
             if isinstance(item, Document):
