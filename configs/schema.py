@@ -98,6 +98,8 @@ class RuleSection(Section):
     """The name of one of ours (`pretrain data rules` lists them), or `package.module:function` of your own."""
     settings: dict[str, Any] = {}
     """The rule's arguments by name; those left out have the published values."""
+    sources: tuple[str, ...] | None = None
+    """Names of the sources whose documents pass the rule; null: all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -187,6 +189,9 @@ class DataSection(Section):
         names = [source.name for source in self.sources]
         if len(names) != len(set(names)):
             raise ValueError(f"two sources have the same name: {names}")
+        unknown = [name for rule in self.clean for name in rule.sources or () if name not in names]
+        if unknown:
+            raise ValueError(f"clean speaks of sources that there are not: {unknown}; there are {names}")
         return self
 
     def folder(self) -> str:

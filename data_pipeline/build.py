@@ -6,20 +6,24 @@ In: the `data` section of a run file. Out: `<root>/tokenizer.json`, `<root>/unit
 
 import json
 import os
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from configs.durable import write_file
+from configs.durable import remove_folders, write_file
 from configs.errors import UserError
 from configs.schema import DataSection
-from data_pipeline.changes import check_sizes, describe_configuration, find_changes, write_input_times
-from data_pipeline.disk import explain_file_errors
+from data_pipeline.changes import check_sizes, describe_configuration, describe_plan, find_changes, write_plan
+from data_pipeline.cleaning import identify_rules
+from data_pipeline.committed import settle_folders
+from data_pipeline.dedup import find_duplicates, load_duplicates
+from data_pipeline.disk import check_room, explain_file_errors
 from data_pipeline.documents import place_document
-from data_pipeline.execution import run_on_ray
+from data_pipeline.execution import Engine, Failed, Run, open_ray
 from data_pipeline.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -28,32 +32,28 @@ from data_pipeline.manifest import (
     UNITS,
     DocumentCounts,
     Manifest,
+    ShardRecord,
     load_manifest,
     write_manifest,
 )
 from data_pipeline.ownership import own_folder, scratch_folder
-from data_pipeline.sampling import sample_texts
+from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts, library_versions
+from data_pipeline.report import StageReport, describe_build, write_report
+from data_pipeline.sampling import SAMPLED_UNITS, sample_texts
 from data_pipeline.shards import token_dtype
 from data_pipeline.sources import Plan, plan_units
+from data_pipeline.stages import Progress, Report, run_stage
+from data_pipeline.survey import RECORD, SURVEY, SurveyTask, read_for_sampling, write_survey
+from data_pipeline.tally import QUARANTINE
 from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
-from data_pipeline.units import QUARANTINE, UnitRecord, UnitTask, clear_units, load_unit, write_unit
+from data_pipeline.units import UNIT, Surveyed, UnitRecord, UnitTask, write_unit
 
 TOKENIZER_ORIGIN = "tokenizer.origin.json"
+DUPLICATES = "duplicates"
+DUPLICATES_FOUND = "found.json"
 SHOWN_CHANGES = 5
-Stage = Literal["plan", "tokenizer", "tokens", "manifest"]
-RunUnits = Callable[[Callable[[UnitTask], UnitRecord], Sequence[UnitTask], int, Path], Generator[UnitRecord, None, None]]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come."""
-
-    stage: Stage
-    done: int
-    total: int
-    """In work units (plan: files; manifest: 1)."""
-    detail: str
-    """A few words for people."""
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,153 +68,179 @@ class BuildResult:
     """Units that an earlier build of the same input had finished."""
     skipped: dict[str, int]
     """Files that were passed over, by suffix; 'symlink' for links."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """What `report.json` holds; empty where nothing was done."""
 
 
-def build_dataset(data: DataSection, report: Callable[[Progress], None], run_units: RunUnits = run_on_ray) -> BuildResult:
+def build_dataset(data: DataSection, report: Report, engine: Engine = open_ray, rebuild: bool = False) -> BuildResult:
     """Build the dataset that `data` describes, continue it, or find that it is there already.
 
-    `run_units` says where units are made (`execution.py`). Raises UserError for whatever the user can mend: unusable
-    sources, a dataset that was built from something else, another build in the folder, too much in quarantine, a full
-    disk. Committed units stay in all these cases.
+    `engine` says where units are made (`execution.py`); with `rebuild`, what lies there of other inputs, tokenizer or rules
+    is built anew as far as it differs. Raises UserError for whatever the user can mend: unusable sources, a dataset that was
+    built from something else, another build in the folder, too much in quarantine, a full disk, units that could not be
+    made. Committed units stay in all these cases.
     """
     root = Path(data.folder()).absolute()
     with explain_file_errors(root):
+        rules, libraries = identify_rules(data.clean), library_versions()
         plan = plan_units(data)
         report(Progress("plan", len(plan.files), len(plan.files), f"{len(plan.files)} files in {len(plan.units)} work units"))
-        if (root / MANIFEST).exists():
-            return _keep_finished(root, data, plan)
+        described = describe_plan(data, plan, rules, libraries)
+        if (root / MANIFEST).exists() and not rebuild:
+            return _keep_finished(root, described, plan)
         (root / UNITS).mkdir(parents=True, exist_ok=True)
         with own_folder(root) as token:
-            if (root / MANIFEST).exists():  # another build ended between the look and the lock
-                return _keep_finished(root, data, plan)
-            return _build(root, data, plan, token, report, run_units)
+            if (root / MANIFEST).exists():
+                if not rebuild:  # another build ended between the look and the lock
+                    return _keep_finished(root, described, plan)
+                (root / MANIFEST).unlink()  # from here on nobody trains on what is about to change
+            elif not rebuild:
+                _refuse_changes(root, find_changes(root, described, plan, None))
+            check_room(root, plan.files)
+            write_plan(root, described)
+            recipe = Recipe(root, token, data, rules, libraries, root / TOKENIZER)
+            with scratch_folder(root, token) as scratch, engine(data.workers or count_cores(), scratch) as run:
+                return _build(recipe, plan, report, run)
 
 
-def _keep_finished(root: Path, data: DataSection, plan: Plan) -> BuildResult:
+def _keep_finished(root: Path, described: dict[str, Any], plan: Plan) -> BuildResult:
     manifest = load_manifest(root)
-    changes = find_changes(root, manifest, data, plan)
-    if changes:
-        shown = "\n  ".join(changes[:SHOWN_CHANGES])
-        more = f"\n  ... and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
-        raise UserError(
-            f"{root} was built from something else; choose another data.root, or delete the folder to build it anew. "
-            f"What differs:\n  {shown}{more}"
-        )
+    _refuse_changes(root, find_changes(root, described, plan, manifest))
     check_sizes(root, manifest)
     return BuildResult("unchanged", root, manifest, len(plan.units), len(plan.units), plan.skipped)
 
 
-def _build(root: Path, data: DataSection, plan: Plan, token: str, report: Callable[[Progress], None], run_units: RunUnits) -> BuildResult:
-    clear_units(root, len(plan.units))
-    _prepare_tokenizer(root, data, plan, report)
-    tasks = _plan_tasks(root, data, plan, token)
-    records = {task.unit.index: record for task in tasks if (record := load_unit(task)) is not None}
-    num_kept = len(records)
-    _make_units(tasks, records, root, data, report, run_units)
-    _check_quarantine(root, data, records)
-    moved = _choose_moved(data, records)
-    tasks = [replace(task, moved=moved.get(task.unit.index, ())) for task in tasks]
-    _make_units(tasks, records, root, data, report, run_units)  # nearly always nothing was moved, and nothing is left to make
+def _refuse_changes(root: Path, changes: list[str]) -> None:
+    if not changes:
+        return
+    shown = "\n  ".join(changes[:SHOWN_CHANGES])
+    more = f"\n  ... and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
+    raise UserError(
+        f"{root} was built from something else; choose another data.root, or say --rebuild to make anew what differs. "
+        f"What differs:\n  {shown}{more}"
+    )
+
+
+def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
+    root, data = recipe.root, recipe.data
+    _prepare_tokenizer(recipe, plan, report)
+    recipe = replace(recipe, tokenizer_sha256=tokenizer_hash(root / TOKENIZER))
+    stages: list[StageReport] = []
+    tasks, facts = _deduplicate(recipe, plan, report, run, stages) if data.deduplicate else ([UnitTask(recipe, u) for u in plan.units], {})
+    settle_folders(root / UNITS, UNIT, [task.fingerprint() for task in tasks])
+    records = _make_units(tasks, report, run, stages)
+    _check_quarantine(root, data, {index: record.documents for index, record in records.items()}, UNITS)
+    if moved := _choose_moved(data, records):
+        tasks = [replace(task, moved=moved.get(task.unit.index, ())) for task in tasks]
+        records |= _make_units([task for task in tasks if task.moved], report, run, stages)
     report(Progress("manifest", 0, 1, "writing the manifest"))
-    manifest = _describe(root, data, [records[task.unit.index] for task in tasks])
-    write_input_times(root, plan)
+    manifest = _describe(recipe, [records[task.unit.index] for task in tasks])
+    described = describe_build(manifest, stages, {**facts, "workers": data.workers or count_cores()})
+    write_report(root, described, len(plan.units))
     write_manifest(root, manifest)
+    remove_folders([root / SURVEY, root / DUPLICATES])
     report(Progress("manifest", 1, 1, f"{manifest.total('train').num_tokens} tokens to train on"))
-    return BuildResult("built", root, manifest, len(plan.units), num_kept, plan.skipped)
+    num_kept = next(stage.num_units_kept for stage in stages if stage.stage == "tokens")
+    return BuildResult("built", root, manifest, len(plan.units), num_kept, plan.skipped, described)
 
 
-def _prepare_tokenizer(root: Path, data: DataSection, plan: Plan, report: Callable[[Progress], None]) -> None:
+def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report) -> None:
     """Put `tokenizer.json` into the dataset: the given one, the one that an earlier start trained, or a new one."""
-    path, origin = root / TOKENIZER, root / TOKENIZER_ORIGIN
-    settings = data.tokenizer
+    path, origin = recipe.root / TOKENIZER, recipe.root / TOKENIZER_ORIGIN
+    settings = recipe.data.tokenizer
     if settings.path is not None:
         load_tokenizer(Path(settings.path), settings.end_of_text)
         write_file(path, Path(settings.path).read_bytes())
         return
-    files = [{key: value for key, value in asdict(file).items() if key != "root"} for unit in plan.units for file in unit.files]
-    facts = [FORMAT_VERSION, settings.model_dump(mode="json"), data.largest_document_bytes, [len(unit.files) for unit in plan.units], files]
-    fingerprint = sha256(json.dumps(facts).encode()).hexdigest()
+    files = [file for unit in plan.units for file in unit.files]
+    trained_on = [settings.vocabulary_size, settings.training_bytes, settings.end_of_text, [len(unit.files) for unit in plan.units]]
+    fingerprint = hash_facts([cleaning_facts(recipe, files), trained_on])
     if origin.exists() and path.exists() and json.loads(origin.read_bytes()) == {"made_of": fingerprint, "sha256": tokenizer_hash(path)}:
         return
-    total = len(plan.units)
+    total = min(len(plan.units), SAMPLED_UNITS)
 
     def tell(done: int, num_bytes: int) -> None:
         nonlocal sampled
         sampled = num_bytes
-        report(Progress("tokenizer", min(done, total - 1), total, f"{num_bytes} bytes sampled, training"))
+        report(Progress("tokenizer", min(done, total - 1), total, f"{num_bytes / 1e6:.1f} MB sampled", num_bytes=num_bytes))
 
     sampled = 0
-    texts = sample_texts(plan.units, settings.training_bytes, data.largest_document_bytes, tell)
+    texts = sample_texts(plan.units, settings.training_bytes, lambda unit: read_for_sampling(recipe, unit), tell)
     tokenizer = train_tokenizer(texts, settings.vocabulary_size, settings.end_of_text)
     if not sampled:
         raise UserError(
-            f"{len(plan.files)} files of data.sources hold no usable text (all empty or not readable as text); check their paths."
+            f"{len(plan.files)} files of data.sources hold no usable text (all empty, not readable as text, or dropped by "
+            "data.clean); check their paths and the rules."
         )
     write_file(path, tokenizer.to_str().encode("utf-8"))
     # Behind the tokenizer: where both agree, a start that continues need not train again.
     write_file(origin, json.dumps({"made_of": fingerprint, "sha256": tokenizer_hash(path)}).encode())
-    report(Progress("tokenizer", total, total, f"{vocabulary_size(tokenizer)} entries from {sampled} bytes"))
+    report(Progress("tokenizer", total, total, f"{vocabulary_size(tokenizer)} entries from {sampled / 1e6:.1f} MB", num_bytes=sampled))
 
 
-def _plan_tasks(root: Path, data: DataSection, plan: Plan, token: str) -> list[UnitTask]:
-    return [
-        UnitTask(
-            unit=unit,
-            root=root,
-            token=token,
-            tokenizer_path=root / TOKENIZER,
-            tokenizer_sha256=tokenizer_hash(root / TOKENIZER),
-            end_of_text=data.tokenizer.end_of_text,
-            held_out_fraction=data.held_out_fraction,
-            largest_document_bytes=data.largest_document_bytes,
-        )
-        for unit in plan.units
-    ]
+def _deduplicate(recipe: Recipe, plan: Plan, report: Report, run: Run, stages: list[StageReport]) -> tuple[list[UnitTask], dict[str, Any]]:
+    """Survey every unit, find what is there twice, and give the tasks that leave it out; with counts for the report."""
+    tasks = [SurveyTask(recipe, unit) for unit in plan.units if unit.files[0].kind != "megatron"]
+    settle_folders(recipe.root / SURVEY, RECORD, [task.fingerprint() for task in tasks])
+    surveys = {index: done.record for index, done in run_stage("survey", write_survey, tasks, report, run, stages).items()}
+    _check_quarantine(recipe.root, recipe.data, {index: record.documents for index, record in surveys.items()}, SURVEY)
+    began = time.monotonic()
+    counts = _find_duplicates(recipe, tasks, report, run)
+    seconds = time.monotonic() - began
+    stages.append(StageReport("duplicates", len(tasks), num_documents=counts["num_documents"], seconds=seconds, start_seconds=seconds))
+    work = recipe.root / DUPLICATES
+    unit_tasks = {unit.index: UnitTask(recipe, unit) for unit in plan.units}
+    for place, task in enumerate(tasks):
+        found = load_duplicates(work, place)
+        digest = sha256(found.ordinals.tobytes() + found.reasons.tobytes()).hexdigest()
+        unit_tasks[task.unit.index] = UnitTask(recipe, task.unit, surveyed=Surveyed(task.fingerprint(), work, place, digest))
+    return list(unit_tasks.values()), {"deduplication": counts}
 
 
-def _make_units(
-    tasks: list[UnitTask],
-    records: dict[int, UnitRecord],
-    root: Path,
-    data: DataSection,
-    report: Callable[[Progress], None],
-    run_units: RunUnits,
-) -> None:
-    """Make the units whose records are missing or of another task, and put their records in."""
-    index_of = {task.fingerprint(): task.unit.index for task in tasks}
-    known = {record.fingerprint for record in records.values()}
-    todo = [task for task in tasks if task.fingerprint() not in known]
-    if not todo:
-        return
-    for task in todo:
-        records.pop(task.unit.index, None)
-    num_tokens = sum(shard.num_tokens for record in records.values() for shard in record.shards.values())
-    finished = len(tasks) - len(todo)
-    report(Progress("tokens", finished, len(tasks), f"{finished} units were finished before" if finished else "starting the workers"))
-    with (
-        scratch_folder(root, todo[0].token) as scratch,
-        closing(run_units(write_unit, todo, data.workers or count_cores(), scratch)) as made,
-    ):
-        for done, record in enumerate(made, finished + 1):
-            records[index_of[record.fingerprint]] = record
-            num_tokens += sum(shard.num_tokens for shard in record.shards.values())
-            report(Progress("tokens", done, len(tasks), f"{num_tokens} tokens"))
+def _find_duplicates(recipe: Recipe, tasks: list[SurveyTask], report: Report, run: Run) -> dict[str, int]:
+    """Leave the lists of duplicates in the dataset's folder, or find them there; counts for the report."""
+    work, settings = recipe.root / DUPLICATES, recipe.data.deduplicate
+    assert settings is not None, "there is nothing to deduplicate by"
+    fingerprint = hash_facts([task.fingerprint() for task in tasks])
+    with suppress(OSError, ValueError):
+        found = json.loads((work / DUPLICATES_FOUND).read_bytes())
+        if found["made_of"] == fingerprint:
+            return found["counts"]
+
+    def run_all(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
+        with closing(run(function, tasks)) as done:
+            for task, result in done:
+                if isinstance(result, Failed):
+                    raise UserError(f"{task} could not be done: {result.reason}. Mend that, then start the same command again.")
+                yield task, result
+
+    folders = [task.folder for task in tasks]
+    duplicates = find_duplicates(
+        folders, settings, work, run_all, lambda step, done, total: report(Progress("duplicates", done, total, step))
+    )
+    counts = asdict(duplicates.counts)
+    write_file(work / DUPLICATES_FOUND, json.dumps({"made_of": fingerprint, "counts": counts}).encode())
+    return counts
 
 
-def _check_quarantine(root: Path, data: DataSection, records: dict[int, UnitRecord]) -> None:
+def _make_units(tasks: Sequence[UnitTask], report: Report, run: Run, stages: list[StageReport]) -> dict[int, UnitRecord]:
+    return {index: done.record for index, done in run_stage("tokens", write_unit, tasks, report, run, stages).items()}
+
+
+def _check_quarantine(root: Path, data: DataSection, by_unit: dict[int, DocumentCounts], below: str) -> None:
     """Refuse a corpus of which too much cannot be read. Empty documents are counted, but nothing of them is lost."""
-    documents = sum((record.documents for record in records.values()), DocumentCounts())
-    unreadable = {index: _num_unreadable(record.documents) for index, record in records.items()}
+    documents = sum(by_unit.values(), DocumentCounts())
+    unreadable = {index: _num_unreadable(counts) for index, counts in by_unit.items()}
     num_unreadable = sum(unreadable.values())
-    worst = max(sorted(unreadable), key=lambda index: unreadable[index])
-    reasons = ", ".join(f"{count} {reason}" for reason, count in documents.quarantined.items())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in [*documents.quarantined.items(), *documents.dropped.items()])
     if num_unreadable > data.quarantine_limit * documents.read:
+        worst = max(sorted(unreadable), key=lambda index: unreadable[index])
         raise UserError(
             f"{num_unreadable} of {documents.read} documents cannot be used ({reasons}), more than data.quarantine_limit "
-            f"{data.quarantine_limit} allows; each is named in {root / UNITS}/*/{QUARANTINE}, most of them in "
-            f"{root / UNITS / f'{worst:05d}' / QUARANTINE}. Mend them or raise the limit; the finished units are kept."
+            f"{data.quarantine_limit} allows; each is named in {root / below}/*/{QUARANTINE}, most of them in "
+            f"{root / below / f'{worst:05d}' / QUARANTINE}. Mend them or raise the limit; the finished units are kept."
         )
-    if not documents.kept:
+    if by_unit and not documents.kept:
         raise UserError(f"the data sources hold no usable text: {documents.read} documents were read, none was kept ({reasons or 'none'}).")
 
 
@@ -228,7 +254,8 @@ def _choose_moved(data: DataSection, records: dict[int, UnitRecord]) -> dict[int
     The document with the lowest place is held out if none is, and the one with the highest is trained on if none is;
     a document that is alone is trained on.
     """
-    num_documents = {split: sum(r.shards[split].num_documents for r in records.values() if split in r.shards) for split in SPLITS}
+    shards = [(split, shard) for record in records.values() for split, shards in record.shards.items() for shard in shards]
+    num_documents = {split: sum(shard.num_documents for one, shard in shards if one == split) for split in SPLITS}
     if num_documents["train"] == 0:
         candidates = [(_place(record.highest), index, record.highest) for index, record in records.items() if record.highest]
         _, index, moved = max(candidates)
@@ -244,26 +271,41 @@ def _place(identity: tuple[str, ...]) -> float:
     return place_document(identity[0])
 
 
-def _describe(root: Path, data: DataSection, records: list[UnitRecord]) -> Manifest:
+def _describe(recipe: Recipe, records: list[UnitRecord]) -> Manifest:
+    root, data = recipe.root, recipe.data
     tokenizer = load_tokenizer(root / TOKENIZER, data.tokenizer.end_of_text)
     size = vocabulary_size(tokenizer)
-    documents = sum((record.documents for record in records), DocumentCounts())
-    assert documents.read == documents.kept + sum(documents.quarantined.values()), "documents were lost or counted twice"
+    sources: dict[str, DocumentCounts] = {source.name: DocumentCounts() for source in data.sources}
+    for record in records:
+        sources[record.source] += record.documents
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        tokenizer_sha256=tokenizer_hash(root / TOKENIZER),
+        tokenizer_sha256=recipe.tokenizer_sha256,
         vocabulary_size=size,
         end_of_text=data.tokenizer.end_of_text,
         end_of_text_id=end_of_text_id(tokenizer, data.tokenizer.end_of_text),
         dtype=str(token_dtype(size)),
         configuration=describe_configuration(data),
-        documents=documents,
+        rules=tuple(json.loads(json.dumps([asdict(rule) for rule in recipe.rules]))),
+        libraries=dict(recipe.libraries),
+        sources=sources,
         inputs=tuple(entry for record in records for entry in record.inputs),
-        splits={split: tuple(record.shards[split] for record in records if split in record.shards) for split in SPLITS},
+        splits={split: tuple(_place_shards(split, records)) for split in SPLITS},
     )
+    for name, documents in sources.items():
+        assert documents.adds_up, f"documents of {name} were lost or counted twice: {documents}"
     stored = sum(manifest.total(split).num_documents for split in SPLITS)
-    assert stored == documents.kept, f"{documents.kept} documents were kept, {stored} are in shards"
+    assert stored == manifest.documents.kept, f"{manifest.documents.kept} documents were kept, {stored} are in shards"
     return manifest
+
+
+def _place_shards(split: Any, records: list[UnitRecord]) -> Iterator[ShardRecord]:
+    """The units' shards in their order, named from the dataset's folder."""
+    for number, record in enumerate(records):
+        prefix = f"{UNITS}/{number:05d}"
+        for shard in record.shards.get(split, ()):
+            files = {f"{prefix}/{name}": file for name, file in shard.files.items()}
+            yield shard.model_copy(update={"name": f"{prefix}/{shard.name}", "files": files})
 
 
 def count_cores() -> int:

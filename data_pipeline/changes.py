@@ -1,43 +1,114 @@
-"""Is a finished dataset still what the run file and the sources say? Quick where nothing was touched.
+"""Is what lies in a folder, finished or not, of what the run file and the sources say now? Quick where nothing was touched.
 
-In: the manifest and what would be built now. Out: a line for each difference. Files are compared by size and
-modification time; where only the time differs, by their bytes.
+In: what would be built now, and `plan.json`, what the folder's build set out from. Out: a line for each difference. Files are
+compared by size and version (modification time, or a store's ETag); in a finished dataset, where only that differs, by bytes.
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.durable import sha256_of_file, write_file
+from configs.durable import write_file
 from configs.errors import UserError
 from configs.schema import DataSection
-from data_pipeline.formats import InputFile
-from data_pipeline.manifest import MANIFEST, SPLITS, Manifest
+from data_pipeline.cleaning import RuleIdentity
+from data_pipeline.formats import InputFile, hash_input
+from data_pipeline.manifest import SPLITS, InputRecord, Manifest
 from data_pipeline.sources import Plan
 from data_pipeline.tokenizer import tokenizer_hash
 
-INPUT_TIMES = "inputs.json"  # beside the manifest, which must not depend on when a file was touched
+PLAN = "plan.json"  # beside the manifest, which must not depend on when a file was touched
 
 
 def describe_configuration(data: DataSection) -> dict[str, Any]:
     """The `data` section as the manifest keeps it: without the keys that may change, and those that were not used."""
-    changeable = {name for name, field in DataSection.model_fields.items() if field.json_schema_extra}
-    configuration = data.model_dump(mode="json", exclude=changeable)
+    configuration = data.model_dump(mode="json", exclude=_changeable(DataSection))
+    for key in _changeable(type(data.tokenizer)):
+        del configuration["tokenizer"][key]
     if data.tokenizer.path is not None:
         del configuration["tokenizer"]["vocabulary_size"], configuration["tokenizer"]["training_bytes"]
     return configuration
 
 
-def find_changes(root: Path, manifest: Manifest, data: DataSection, plan: Plan) -> list[str]:
-    """Each key and file in which the dataset differs from `data` and `plan`. Raises UserError, OSError."""
-    return _changed_keys(manifest, data) + _changed_files(root, manifest, plan)
+def describe_plan(data: DataSection, plan: Plan, rules: Sequence[RuleIdentity], libraries: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """All that a build sets out from, ready for JSON. Raises UserError when the tokenizer's file is missing."""
+    path = data.tokenizer.path
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"{path}: no such tokenizer file; correct data.tokenizer.path.")
+    return json.loads(
+        json.dumps(
+            {
+                "configuration": describe_configuration(data),
+                "rules": [asdict(rule) for rule in rules],
+                "libraries": dict(libraries),
+                "tokenizer_sha256": path and tokenizer_hash(Path(path)),
+                "files": {f"{file.source}:{file.name}": [file.num_bytes, file.version] for file in plan.files},
+            }
+        )
+    )
 
 
-def write_input_times(root: Path, plan: Plan) -> None:
-    """Write down the files' modification times for the next comparison. Raises OSError."""
-    times = {_key(file): file.mtime_ns for file in plan.files}
-    write_file(root / INPUT_TIMES, json.dumps(times, indent=0).encode())
+def write_plan(root: Path, described: dict[str, Any]) -> None:
+    """Write down what a build sets out from. Raises OSError."""
+    write_file(root / PLAN, json.dumps(described, indent=1).encode())
+
+
+def read_plan(root: Path) -> dict[str, Any] | None:
+    """What the folder's build set out from; None where none did, or nobody can read it."""
+    try:
+        found = json.loads((root / PLAN).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "files" in found else None
+
+
+def find_changes(root: Path, described: dict[str, Any], plan: Plan, manifest: Manifest | None) -> list[str]:
+    """Each key, rule and file in which the folder's build differs from `described`; [] where there was none.
+
+    `manifest` is that of a finished dataset, None for an unfinished one. Raises UserError, OSError.
+    """
+    before: dict[str, Any] = read_plan(root) or {}
+    if manifest is not None:  # what it was made of is what its manifest says, whatever a later start wrote down
+        of_manifest: dict[str, Any] = {
+            "configuration": manifest.configuration,
+            "rules": list(manifest.rules),
+            "libraries": manifest.libraries,
+        }
+        before = {"files": {}, **before, **of_manifest}
+    if not before:
+        return []
+    changes = _changed_keys(before["configuration"], described["configuration"])
+    changes += _changed_rules(before["rules"], described["rules"])
+    if described["tokenizer_sha256"] and described["tokenizer_sha256"] != (
+        manifest.tokenizer_sha256 if manifest else before["tokenizer_sha256"]
+    ):
+        changes.append(f"data.tokenizer.path: {described['configuration']['tokenizer']['path']} is not the tokenizer that was used")
+    if manifest is None and before["libraries"] != described["libraries"]:
+        keys = sorted(before["libraries"].keys() | described["libraries"].keys())
+        pairs = [(key, before["libraries"].get(key), described["libraries"].get(key)) for key in keys]
+        changes += [f"{key}: was version {old}, is {new}" for key, old, new in pairs if old != new]
+    if manifest is None:
+        return changes + _changed_files(before["files"], described["files"], {})
+    records: dict[str, list[InputRecord]] = {}
+    for record in manifest.inputs:
+        records.setdefault(f"{record.source}:{record.file}", []).append(record)
+    known = before["files"] or {key: [sum(record.bytes for record in parts), None] for key, parts in records.items()}
+    parts: dict[str, list[InputFile]] = {}
+    for part in (file for unit in plan.units for file in unit.files):
+        parts.setdefault(f"{part.source}:{part.name}", []).append(part)
+    touched = {
+        key: _has_bytes_of(parts[key], records.get(key, []))
+        for file in plan.files
+        if (key := f"{file.source}:{file.name}") in known and known[key][0] == file.num_bytes and known[key][1] != file.version
+    }
+    changes += _changed_files(known, described["files"], touched)
+    if touched and not changes:
+        with suppress(OSError):  # only the next comparison would be quicker
+            write_plan(root, described)
+    return changes
 
 
 def check_sizes(root: Path, manifest: Manifest) -> None:
@@ -48,67 +119,66 @@ def check_sizes(root: Path, manifest: Manifest) -> None:
                 path = root / name
                 if not path.is_file() or path.stat().st_size != record.bytes:
                     raise UserError(
-                        f"{path}: missing or cut off; delete {root / MANIFEST} and start the same command again: "
-                        "what is whole is kept, the rest is made again."
+                        f"{path}: missing or cut off; start the same command again with --rebuild: what is whole is kept, "
+                        "the rest is made again."
                     )
 
 
-def _key(file: InputFile) -> str:
-    return f"{file.source}:{file.name}"
+def _changeable(section: Any) -> set[str]:
+    return {name for name, field in section.model_fields.items() if field.json_schema_extra}
 
 
-def _changed_keys(manifest: Manifest, data: DataSection) -> list[str]:
-    before, now = _flat(manifest.configuration), _flat(describe_configuration(data))
-    changes = [
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    before, now = _flat(before), _flat(now)
+    return [
         f"data.{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.endswith(".path")  # a moved file is compared by its bytes
     ]
-    if data.tokenizer.path is not None:
-        path = Path(data.tokenizer.path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such tokenizer file; correct data.tokenizer.path.")
-        if tokenizer_hash(path) != manifest.tokenizer_sha256:
-            changes.append(f"data.tokenizer.path: {path} is not the tokenizer that was used")
+
+
+def _changed_rules(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Rules are compared by what they read and are made of; names and settings are part of the configuration."""
+    if [rule["rule"] for rule in before] != [rule["rule"] for rule in now]:
+        return []
+    changes: list[str] = []
+    for old, new in zip(before, now, strict=True):
+        if old["source_sha256"] != new["source_sha256"]:
+            changes.append(f"data.clean: the source of {new['rule']} has changed")
+        # By content alone: where a list lies changes nothing.
+        if [digest for _, digest in old["files"]] != [digest for _, digest in new["files"]]:
+            changes.append(f"data.clean: a file that {new['rule']} reads has changed ({', '.join(path for path, _ in new['files'])})")
     return changes
 
 
-def _changed_files(root: Path, manifest: Manifest, plan: Plan) -> list[str]:
-    before = {f"{record.source}:{record.file}": record for record in manifest.inputs}
-    now = {_key(file): file for file in plan.files}
+def _changed_files(before: dict[str, Any], now: dict[str, Any], touched: dict[str, bool]) -> list[str]:
     changes = [f"{key}: was there, is gone" for key in before.keys() - now.keys()]
-    changes += [f"{now[key].path}: was not there" for key in now.keys() - before.keys()]
-    times = _read_times(root)
-    touched = False
+    changes += [f"{key}: was not there" for key in now.keys() - before.keys()]
     for key in before.keys() & now.keys():
-        file, record = now[key], before[key]
-        if file.num_bytes != record.bytes:
-            changes.append(f"{file.path}: had {record.bytes} bytes, has {file.num_bytes}")
-        elif file.mtime_ns != times.get(key):
-            touched = True
-            if sha256_of_file(file.path) != record.sha256:
-                changes.append(f"{file.path}: has other content")
-    if touched and not changes:
-        with suppress(OSError):  # only the next comparison would be quicker
-            write_input_times(root, plan)
+        (old_bytes, old_version), (new_bytes, new_version) = before[key], now[key]
+        if old_bytes != new_bytes:
+            changes.append(f"{key}: had {old_bytes} bytes, has {new_bytes}")
+        elif old_version != new_version and not touched.get(key):
+            changes.append(f"{key}: has other content" if key in touched else f"{key}: was changed, or touched")
     return sorted(changes)
 
 
-def _read_times(root: Path) -> dict[str, int]:
-    try:
-        times = json.loads((root / INPUT_TIMES).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return times if isinstance(times, dict) else {}
+def _has_bytes_of(parts: list[InputFile], records: list[InputRecord]) -> bool:
+    """Whether a file is, part by part, what was read. A remote one is known by its version alone."""
+    if any(part.is_remote for part in parts):
+        return False
+    hashed = [found for part in parts if (found := hash_input(part, part.path)) is not None]
+    return hashed == [(record.sha256, record.bytes) for record in records]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys; the sources by their names, so that one in front of them does not rename the rest."""
     if isinstance(value, list):
-        value = {item["name"]: item for item in value}
+        named = all(isinstance(item, dict) and "name" in item for item in value)
+        value = {item["name"] if named else str(number): item for number, item in enumerate(value)}
     flat: dict[str, Any] = {}
     for key, below in value.items():
-        if isinstance(below, dict | list):
+        if isinstance(below, dict) or (isinstance(below, list) and below and isinstance(below[0], dict)):
             flat |= _flat(below, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = below

@@ -29,7 +29,7 @@ class RuleIdentity:
 
     rule: str
     settings: str
-    """As JSON."""
+    """As JSON, with the sources that it is for."""
     files: tuple[tuple[str, str], ...] = ()
     """Each file that it reads, with its SHA-256."""
     source_sha256: str = ""
@@ -44,13 +44,14 @@ def identify_rules(sections: Sequence[RuleSection]) -> tuple[RuleIdentity, ...]:
         place = f"data.clean[{number}] ({section.rule})"
         _check_settings(place, function, section.settings)
         files = tuple((path, _hash(place, path)) for path in _files(section.settings))
-        identities.append(RuleIdentity(section.rule, section.model_dump_json(include={"settings"}), files, source_sha256))
+        identities.append(RuleIdentity(section.rule, section.model_dump_json(exclude={"rule"}), files, source_sha256))
     return tuple(identities)
 
 
-def bind_rules(sections: Sequence[RuleSection]) -> list[tuple[str, Rule]]:
-    """The rules, ready to be applied, by name. Raises UserError as `identify_rules` does."""
-    return [(section.rule, partial(_find(section.rule)[0], **section.settings)) for section in sections]
+def bind_rules(sections: Sequence[RuleSection], source: str = "") -> list[tuple[str, Rule]]:
+    """The rules for a source's documents, ready to be applied, by name. Raises UserError as `identify_rules` does."""
+    ours = [section for section in sections if section.sources is None or source in section.sources]
+    return [(section.rule, partial(_find(section.rule)[0], **section.settings)) for section in ours]
 
 
 def apply_rules(rules: Sequence[tuple[str, Rule]], document: Document) -> Document | Dropped:

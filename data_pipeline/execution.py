@@ -1,6 +1,7 @@
-"""Where work units are made: one after the other in this process, or side by side as Ray tasks.
+"""Where tasks are done: one after the other in this process, or side by side on Ray.
 
-In: a function and its arguments. Out: its results as they come, in any order. Ray appears in no other file of this room.
+In: a function and its arguments. Out: each task with its result, or with what became of it, as they come, in any order. Ray
+appears in no other file of this room.
 """
 
 import logging
@@ -8,10 +9,11 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from configs.errors import UserError
 
@@ -21,39 +23,82 @@ MAX_RETRIES = 3
 OBJECT_STORE_BYTES = 200_000_000  # only records travel; shards go straight to the disk
 
 
-def run_here(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, scratch: Path) -> Generator[Result, None, None]:
-    """One after the other, in this process; `workers` and `scratch` are not used."""
-    yield from map(function, tasks)
+@dataclass(frozen=True)
+class Failed:
+    """What became of a task that could not be done."""
+
+    reason: str
 
 
-def run_on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, scratch: Path) -> Generator[Result, None, None]:
-    """Side by side, `workers` at once; a task whose worker dies is tried again, at most 3 times.
+class Run(Protocol):
+    """Does tasks; gives each with its result. Closed early, it starts no more and cancels what runs."""
 
-    Uses the Ray that is running in this process, else the cluster RAY_ADDRESS names, else one of its own below
-    `scratch`, which ends with the last result. Raises what the function raises (UserError as it is); UserError when
-    memory runs out; RuntimeError naming the task when its worker dies for good.
+    def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Generator[tuple[Task, Result | Failed], None, None]:
+        """Raises UserError as `function` does: it speaks of the whole build. Any other exception becomes a `Failed`."""
+        ...
+
+
+Engine = Callable[[int, Path], AbstractContextManager[Run]]
+"""Opens a place for tasks: (workers at once, private scratch folder) -> Run. Nothing is started before the first task."""
+
+
+@contextmanager
+def open_here(workers: int, scratch: Path) -> Generator[Run, None, None]:
+    """One task after the other, in this process; `workers` and `scratch` are not used."""
+
+    def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Generator[tuple[Task, Result | Failed], None, None]:
+        for task in tasks:
+            try:
+                result: Any = function(task)
+            except (UserError, OSError):
+                raise
+            except Exception as error:
+                result = Failed(f"{type(error).__name__}: {error}")
+            yield task, result
+
+    yield run
+
+
+@contextmanager
+def open_ray(workers: int, scratch: Path) -> Generator[Run, None, None]:
+    """Side by side, `workers` at once; a task whose worker dies is tried again, at most 3 times, and then given up.
+
+    Uses the Ray that is running in this process, else the cluster RAY_ADDRESS names, else one of its own below `scratch`,
+    which ends with this. Raises UserError when memory runs out.
     """
-    with _connect(workers, scratch):
-        import ray
+    with ExitStack() as stack:
+        started: list[bool] = []
 
-        remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
-        waiting = list(reversed(tasks))
-        running: dict[Any, Task] = {}
-        try:
-            while waiting or running:
-                # Twice as many as can run: a worker never waits for the next, and an error leaves little behind.
-                while waiting and len(running) < 2 * workers:
-                    task = waiting.pop()
-                    running[remote.remote(task)] = task
-                done, _ = ray.wait(list(running), num_returns=1)
-                task = running.pop(done[0])
-                yield _result(done[0], task)
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+        def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Generator[tuple[Task, Result | Failed], None, None]:
+            if tasks and not started:
+                stack.enter_context(_connect(workers, scratch))
+                started.append(True)
+            yield from _run(function, tasks, workers)
+
+        yield run
 
 
-def _result(reference: Any, task: object) -> Any:
+def _run(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Result | Failed]]:
+    import ray
+
+    remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
+    waiting = list(reversed(tasks))
+    running: dict[Any, Task] = {}
+    try:
+        while waiting or running:
+            # Half as many again as can run: a worker never waits for the next, and an error leaves little behind.
+            while waiting and len(running) < workers + (workers + 1) // 2:
+                task = waiting.pop()
+                running[remote.remote(task)] = task
+            done, _ = ray.wait(list(running), num_returns=1)
+            task = running.pop(done[0])
+            yield task, _result(done[0])
+    finally:
+        for reference in running:
+            ray.cancel(reference)  # not by force: Ray 2.60 sometimes aborts the whole driver when such a task ends just then
+
+
+def _result(reference: Any) -> Any:
     import ray.exceptions
 
     try:
@@ -61,11 +106,13 @@ def _result(reference: Any, task: object) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
-        raise RuntimeError(f"this task failed: {task}") from error
+        if isinstance(error.cause, OSError):
+            raise error.cause from error
+        return Failed(f"{type(error.cause).__name__}: {error.cause}")
     except ray.exceptions.OutOfMemoryError:
-        raise UserError("memory ran out while making a work unit; lower data.workers or data.largest_document_bytes.") from None
-    except ray.exceptions.WorkerCrashedError as error:
-        raise RuntimeError(f"the worker of this task died {MAX_RETRIES + 1} times: {task}") from error
+        return Failed(f"memory ran out {MAX_RETRIES + 1} times; lower data.workers, data.work_unit_bytes or data.shard_tokens")
+    except ray.exceptions.WorkerCrashedError:
+        return Failed(f"its worker died {MAX_RETRIES + 1} times")
 
 
 @contextmanager
@@ -79,6 +126,9 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONSAFEPATH": "1",  # a `configs` package in the current folder must not stand in for ours
         "RAY_task_oom_retries": str(MAX_RETRIES),
+        # One core for each task: the encoders' own threads would fight over the cores that the tasks have.
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
     }
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
@@ -96,6 +146,10 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(scratch / "r"),
         }
+    else:
+        # On a cluster the workers' environment is Ray's to pass on.
+        names = ("PYTHONSAFEPATH", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+        local = {"runtime_env": {"env_vars": {name: settings[name] for name in names}}}
     with _environment(settings):
         try:
             on_stop = signal.getsignal(signal.SIGTERM)

@@ -1,12 +1,13 @@
 """The manifest: what was built, from what, with what. It is written last, so where it stands the build is finished.
 
-In: a dataset's folder. Out: its `Manifest`, a check of every byte, a summary for people. Nothing in it depends on when,
-where or by how many workers the dataset was built: equal input gives an equal file.
+In: a dataset's folder. Out: its `Manifest`, and a check of every byte. Nothing in it depends on when, where or by how
+many workers the dataset was built: equal input gives an equal file.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +17,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from configs.durable import sha256_of_file, write_file
 from configs.errors import UserError
 from data_pipeline.shards import Shard
-from data_pipeline.tokenizer import load_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+CHECKSUM = "sha256"  # the last key of the file: of all that stands before it
 TOKENIZER = "tokenizer.json"
 UNITS = "units"
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 BLOCK_TOKENS = 1 << 22
-SAMPLE_CHARACTERS = 400
 
 
 class Record(BaseModel):
@@ -42,7 +42,7 @@ class FileRecord(Record):
 
 
 class InputRecord(Record):
-    """A file that was read."""
+    """A file that was read, or a part of one; the parts of a file tile it in order."""
 
     source: str
     file: str
@@ -78,16 +78,31 @@ class ShardRecord(Counts):
 
 
 class DocumentCounts(Record):
-    """What became of every document: read == kept + the sum of quarantined."""
+    """What became of every document: read == kept + the sums of dropped and quarantined."""
 
     read: int = 0
     kept: int = 0
+    dropped: dict[str, int] = {}
+    """By reason: what a rule or deduplication decided against."""
     quarantined: dict[str, int] = {}
-    """By reason."""
+    """By reason: what could not be read."""
 
     def __add__(self, other: "DocumentCounts") -> "DocumentCounts":
-        total = Counter(self.quarantined) + Counter(other.quarantined)
-        return DocumentCounts(read=self.read + other.read, kept=self.kept + other.kept, quarantined=dict(sorted(total.items())))
+        return DocumentCounts(
+            read=self.read + other.read,
+            kept=self.kept + other.kept,
+            dropped=_add_counts(self.dropped, other.dropped),
+            quarantined=_add_counts(self.quarantined, other.quarantined),
+        )
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether every document that was read became exactly one thing."""
+        return self.read == self.kept + sum(self.dropped.values()) + sum(self.quarantined.values())
+
+
+def _add_counts(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return dict(sorted((Counter(one) + Counter(other)).items()))
 
 
 class Manifest(Record):
@@ -104,10 +119,20 @@ class Manifest(Record):
     """Of the token ids: uint16 or int32."""
     configuration: dict[str, Any]
     """The `data` section, resolved, without the keys that change nothing."""
-    documents: DocumentCounts
+    rules: tuple[dict[str, Any], ...]
+    """What identifies each rule of cleaning: the hashes of the files it reads, of a user's own source."""
+    libraries: dict[str, str]
+    """The versions of what decided the bytes."""
+    sources: dict[str, DocumentCounts]
+    """What became of each source's documents."""
     inputs: tuple[InputRecord, ...]
     """Every file that was read, in order."""
     splits: dict[Split, tuple[ShardRecord, ...]]
+
+    @property
+    def documents(self) -> DocumentCounts:
+        """What became of all documents."""
+        return sum(self.sources.values(), DocumentCounts())
 
     def shards(self, split: Split) -> tuple[ShardRecord, ...]:
         """The shards of a split in their order; none of them is empty."""
@@ -120,8 +145,12 @@ class Manifest(Record):
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`: from here on the dataset is finished. Raises OSError."""
-    content = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    write_file(folder / MANIFEST, content.encode("utf-8"))
+    found = manifest.model_dump(mode="json")
+    write_file(folder / MANIFEST, _spell({**found, CHECKSUM: sha256(_spell(found)).hexdigest()}))
+
+
+def _spell(found: dict[str, Any]) -> bytes:
+    return (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -144,9 +173,14 @@ def load_manifest(folder: Path) -> Manifest:
                 f"{path}: format version {found['format_version']}, this program reads {FORMAT_VERSION}; "
                 "build the dataset again into another data.root."
             )
-        return Manifest.model_validate_json(content, strict=True)
-    except (ValueError, ValidationError) as error:
-        raise UserError(f"{path}: not a manifest ({str(error).splitlines()[0]}); delete {folder} and build it again.") from None
+        checksum = found.pop(CHECKSUM)
+        if sha256(_spell(found)).hexdigest() != checksum:
+            raise ValueError("its content does not have the SHA-256 that its last line says; at least one bit has changed")
+        return Manifest.model_validate_json(json.dumps(found), strict=True)
+    except (ValueError, ValidationError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a manifest ({str(error).splitlines()[0]}); `pretrain data build RUN.yaml --rebuild` makes it again."
+        ) from None
 
 
 def manifest_hash(folder: Path) -> str:
@@ -171,7 +205,7 @@ def verify_dataset(folder: Path, progress: Callable[[int], None] | None = None) 
             problems += _verify_tokens(folder, shard, manifest)
     kept = sum(manifest.total(split).num_documents for split in SPLITS)
     counts = manifest.documents
-    if counts.kept != kept or counts.read != kept + sum(counts.quarantined.values()):
+    if counts.kept != kept or not counts.adds_up:
         problems.append(f"{MANIFEST}: its counts of documents do not add up")
     return problems
 
@@ -181,55 +215,8 @@ def dataset_bytes(manifest: Manifest) -> int:
     return sum(record.bytes for split in SPLITS for shard in manifest.shards(split) for record in shard.files.values())
 
 
-def show_dataset(folder: Path) -> dict[str, Any]:
-    """A summary for `pretrain data show`, ready for JSON. Raises UserError when the dataset is missing or damaged."""
-    manifest = load_manifest(folder)
-    both = manifest.total("train") + manifest.total("held_out")
-    return {
-        "folder": str(folder),
-        "sha256": sha256_of_file(folder / MANIFEST),
-        "tokenizer": {
-            "sha256": manifest.tokenizer_sha256,
-            "vocabulary_size": manifest.vocabulary_size,
-            "end_of_text": manifest.end_of_text,
-            "end_of_text_id": manifest.end_of_text_id,
-            "dtype": manifest.dtype,
-        },
-        "documents": manifest.documents.model_dump(),
-        "inputs": {"num_files": len(manifest.inputs), "num_bytes": sum(record.bytes for record in manifest.inputs)},
-        "total": _summary([both]),
-        "splits": {
-            split: {
-                **_summary([manifest.total(split)]),
-                "num_shards": len(manifest.shards(split)),
-                "sources": {
-                    name: _summary(shard.sources[name] for shard in manifest.shards(split) if name in shard.sources)
-                    for name in sorted({name for shard in manifest.shards(split) for name in shard.sources})
-                },
-            }
-            for split in SPLITS
-        },
-        "sample": _sample(folder, manifest),
-    }
-
-
 def _counts(counts: Counts) -> Counts:
     return Counts(num_tokens=counts.num_tokens, num_documents=counts.num_documents, num_bytes=counts.num_bytes)
-
-
-def _summary(counts: Iterable[Counts]) -> dict[str, Any]:
-    total = sum(counts, Counts())
-    ratio = round(total.num_bytes / total.num_tokens, 4) if total.num_tokens else None
-    return {**total.model_dump(), "bytes_per_token": ratio}
-
-
-def _sample(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """The start of the first document of the training split, decoded."""
-    for record in manifest.shards("train"):
-        tokens = Shard(folder / record.name).document(0)[:SAMPLE_CHARACTERS]
-        text = load_tokenizer(folder / TOKENIZER, manifest.end_of_text).decode(tokens.tolist(), skip_special_tokens=False)
-        return {"shard": record.name, "text": text[:SAMPLE_CHARACTERS]}
-    return None
 
 
 def _verify_file(folder: Path, name: str, size: int | None, sha256: str, tell: Callable[[int], None]) -> list[str]:

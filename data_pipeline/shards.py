@@ -10,6 +10,7 @@ number of sequences <Q, number of document indices <Q, then int32 sequence lengt
 
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,12 +55,16 @@ class DocumentSpan(NamedTuple):
     source: str
     file: str
     position: int
-    """Line or row in the file, as in `documents.Document`."""
+    """Where it stands in its file, as in `documents.Document`."""
     first_token: int
     num_tokens: int
     """With the end-of-text token."""
     num_bytes: int
     """Of the text in UTF-8."""
+    name: str | None = None
+    """The value of the source's `id_field`."""
+    metadata: str | None = None
+    """The values of the source's `metadata_fields`, as JSON."""
 
 
 class ShardWriter:
@@ -87,13 +92,19 @@ class ShardWriter:
 
     def add_document(self, tokens: np.ndarray[Any, Any]) -> None:
         """Append one document's ids (1-D, integers). Raises ValueError for an id the dtype cannot hold; OSError."""
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"a document is a 1-D array of integers, found {tokens.ndim}-D {tokens.dtype}")
+        self.add_documents([tokens])
+
+    def add_documents(self, documents: Sequence[np.ndarray[Any, Any]]) -> None:
+        """Append documents, in this order, as `add_document` does for one."""
+        for tokens in documents:
+            if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+                raise ValueError(f"a document is a 1-D array of integers, found {tokens.ndim}-D {tokens.dtype}")
+        tokens = np.concatenate(documents) if documents else np.empty(0, dtype=self._dtype)
         limits = np.iinfo(self._dtype)
         if tokens.size and (int(tokens.min()) < max(0, limits.min) or int(tokens.max()) > limits.max):
             raise ValueError(f"token ids {int(tokens.min())} to {int(tokens.max())} do not fit into {self._dtype} (0 to {limits.max})")
-        self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
-        self._lengths.append(tokens.size)
+        self._bin.write(tokens.astype(self._dtype, copy=False).data)
+        self._lengths.extend([one.size for one in documents])
         self.num_tokens += tokens.size
 
     def close(self) -> None:
@@ -154,16 +165,20 @@ class Shard:
         return self.tokens[self.document_starts[number] : self.document_starts[number + 1]]
 
 
-def write_spans(prefix: Path, spans: list[DocumentSpan]) -> None:
-    """Write the sidecar `<prefix>.documents.parquet`, one row per document in order. Raises OSError."""
+def write_spans(prefix: Path, spans: list[DocumentSpan], facts: dict[str, str]) -> None:
+    """Write the sidecar `<prefix>.documents.parquet`, one row per document in order. Raises OSError.
+
+    `facts` go into the file's metadata: the tokenizer's hash, which gives the ids their meaning.
+    """
     import pyarrow
     import pyarrow.parquet
 
     columns = list(zip(*spans, strict=True)) or [()] * len(DocumentSpan._fields)
-    types = [pyarrow.string()] * 3 + [pyarrow.int64()] * 4
+    text, few, number = pyarrow.string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), pyarrow.int64()
+    types = [text, few, few, number, number, number, number, text, text]
     table = pyarrow.table(
         {name: pyarrow.array(column, kind) for name, column, kind in zip(DocumentSpan._fields, columns, types, strict=True)}
-    )
+    ).replace_schema_metadata(facts)
     # Through Python's own file, so that a full disk is an OSError with its number.
     with Path(f"{prefix}.documents.parquet").open("wb") as file:
         pyarrow.parquet.write_table(table, file, compression="zstd")

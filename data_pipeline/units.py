@@ -1,271 +1,268 @@
 """One work unit: documents in, a committed folder of shards out. Runs anywhere: no Ray in here.
 
-`<root>/units/00000` appears by one rename and holds, for each split that has documents, a shard and its sidecar; the
-rejected documents (`quarantine.jsonl`); and `unit.json` with counts, hashes and the fingerprint of what it was made of.
-Equal tasks write equal bytes, so a unit that was lost or cut off is simply made again.
+`<root>/units/00000` appears by one rename and holds, for each split that has documents, shards and their sidecars; what was
+left out (`quarantine.jsonl`, `dropped.jsonl`); and `unit.json` with counts, hashes and the fingerprint of what it was made of.
 """
 
-import json
-import os
-import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
-from tokenizers import Tokenizer
 
-from configs.durable import commit_folder, remove_folders, sha256_of_file
 from configs.errors import UserError
+from data_pipeline.adopt import IdBytes, adopt_ids, measure_ids
+from data_pipeline.committed import CommittedRecord, load_folder, make_folder, process_peak_bytes, record_file, record_files
+from data_pipeline.dedup import REASONS, load_duplicates
 from data_pipeline.disk import explain_file_errors
-from data_pipeline.documents import Document, Rejected, place_document
-from data_pipeline.formats import InputFile
-from data_pipeline.manifest import FORMAT_VERSION, UNITS, Counts, DocumentCounts, FileRecord, InputRecord, Record, ShardRecord, Split
-from data_pipeline.ownership import is_owned_by
+from data_pipeline.documents import Document, Rejected, TokenDocument, place_document
+from data_pipeline.encoding import Encoder, UncuttableError, check_ids, encode, open_encoder
+from data_pipeline.manifest import SPLITS, UNITS, Counts, DocumentCounts, InputRecord, ShardRecord, Split
+from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts, token_facts
 from data_pipeline.shards import DocumentSpan, ShardWriter, token_dtype, write_spans
-from data_pipeline.sources import WorkUnit, read_unit
-from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
+from data_pipeline.sources import WorkUnit
+from data_pipeline.survey import RECORD as SURVEY_RECORD
+from data_pipeline.survey import SurveyRecord, SurveyTask, dump_metadata, in_batches, read_cleaned, read_surveyed
+from data_pipeline.tally import Tally
 
 UNIT = "unit.json"
-QUARANTINE = "quarantine.jsonl"
-TEMPORARY_PREFIX = ".tmp-"
-BATCH_BYTES = 2_000_000  # text that is encoded at once: its tokens take some 50 times as much memory
+BATCH_CHARACTERS = 1_000_000  # text that is encoded at once
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """Where a unit's cleaned documents are, and which of them are dropped."""
+
+    fingerprint: str
+    """The survey's."""
+    duplicates: Path
+    """The folder that deduplication left its lists in."""
+    place: int
+    """The unit's place in them."""
+    duplicates_sha256: str
+    """Of the unit's list: what decides the unit's bytes is what is dropped of it, not what is dropped elsewhere."""
 
 
 @dataclass(frozen=True)
 class UnitTask:
     """All that making a unit depends on."""
 
+    recipe: Recipe
     unit: WorkUnit
-    root: Path
-    """The dataset's folder, absolute; its tokenizer is there."""
-    token: str
-    """The build's (see `ownership.py`); it does not go into what is written."""
-    tokenizer_path: Path
-    tokenizer_sha256: str
-    end_of_text: str
-    held_out_fraction: float
-    largest_document_bytes: int
     moved: tuple[str, ...] = ()
     """Ids of documents that go to the other split than their place says."""
+    surveyed: Surveyed | None = None
+    """None where the documents come straight from the sources."""
 
     def __str__(self) -> str:
-        names = [str(file.path) for file in self.unit.files]
-        return f"work unit {self.unit.index}: {names[0]}" + (f" and {len(names) - 1} more, to {names[-1]}" if len(names) > 1 else "")
+        return str(self.unit)
 
     @property
     def folder(self) -> Path:
         """The unit's folder once it is committed."""
-        return self.root / UNITS / f"{self.unit.index:05d}"
+        return self.recipe.root / UNITS / f"{self.unit.index:05d}"
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides the unit's bytes; the files by size and modification time."""
-        files = [{key: value for key, value in asdict(file).items() if key != "root"} for file in self.unit.files]
-        facts = [
-            FORMAT_VERSION,
-            files,
-            self.tokenizer_sha256,
-            self.end_of_text,
-            self.held_out_fraction,
-            self.largest_document_bytes,
-            self.moved,
-        ]
-        return sha256(json.dumps(facts).encode()).hexdigest()
+        """SHA-256 over everything that decides the unit's bytes."""
+        surveyed = self.surveyed
+        made_of = [surveyed.fingerprint, surveyed.duplicates_sha256] if surveyed else cleaning_facts(self.recipe, self.unit.files)
+        return hash_facts([made_of, token_facts(self.recipe), self.moved])
 
 
-class UnitRecord(Record):
+class UnitRecord(CommittedRecord):
     """`unit.json`."""
 
-    fingerprint: str
+    source: str
     documents: DocumentCounts
     inputs: tuple[InputRecord, ...]
-    """The unit's files; an arrow file's row range counts only where it is the file's first."""
-    shards: dict[Split, ShardRecord]
-    """The splits that have documents here."""
-    quarantine: FileRecord | None
+    shards: dict[Split, tuple[ShardRecord, ...]]
+    """The splits that have documents here; names and files relative to the unit's folder."""
     lowest: tuple[str, ...] = ()
-    """The id of the kept document with the lowest place, if any."""
+    """The least id of a kept document, if any."""
     highest: tuple[str, ...] = ()
 
 
-def write_unit(task: UnitTask) -> UnitRecord:
-    """Make a unit and commit it. Raises UserError: an input changed or cannot be read, the disk is full."""
-    with explain_file_errors(task.root):
-        return _write_unit(task)
+@dataclass(frozen=True)
+class Unit:
+    """What a unit's task gives back."""
+
+    record: UnitRecord
+    was_there: bool
+    peak_bytes: int
+    """Largest resident memory of the process that made it."""
+
+    def measure(self) -> tuple[int, int, int]:
+        """Documents read, bytes of text and tokens that came out."""
+        shards = [shard for shards in self.record.shards.values() for shard in shards]
+        return self.record.documents.read, sum(shard.num_bytes for shard in shards), sum(shard.num_tokens for shard in shards)
+
+
+def write_unit(task: UnitTask) -> Unit:
+    """Make a unit and commit it, or find it. Raises UserError: an input changed, two tokenizers disagree, the disk is full."""
+    with explain_file_errors(task.recipe.root):
+        if (record := load_unit(task)) is not None:
+            return Unit(record, True, process_peak_bytes())
+        recipe = task.recipe
+        record = make_folder(
+            recipe.root, recipe.token, task.folder, UNIT, lambda folder: _fill(task, folder), lambda: load_unit(task) is not None
+        )
+        return Unit(record, False, process_peak_bytes())
 
 
 def load_unit(task: UnitTask) -> UnitRecord | None:
     """The record of a committed unit that is whole and made of just this task; None otherwise."""
-    try:
-        record = UnitRecord.model_validate_json((task.folder / UNIT).read_bytes(), strict=True)
-        files = {name: file for shard in record.shards.values() for name, file in shard.files.items()}
-        if record.quarantine is not None:
-            files[f"{UNITS}/{task.folder.name}/{QUARANTINE}"] = record.quarantine
-        whole = all(sha256_of_file(task.root / name) == file.sha256 for name, file in files.items())
-    except (OSError, ValidationError):
-        return None
-    return record if whole and record.fingerprint == task.fingerprint() else None
-
-
-def clear_units(root: Path, num_units: int) -> None:
-    """Remove temporary folders that nobody fills any more, and units beyond those of the plan."""
-    folder = root / UNITS
-    stale = [path for path in folder.iterdir() if path.name.startswith(TEMPORARY_PREFIX)]
-    remove_folders(stale + [path for path in folder.iterdir() if path.name.isdigit() and int(path.name) >= num_units])
-
-
-def _write_unit(task: UnitTask) -> UnitRecord:
-    # The library's own threads would fight with the other units' for the same cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    temporary = task.root / UNITS / f"{TEMPORARY_PREFIX}{task.unit.index:05d}-{secrets.token_hex(4)}"
-    temporary.mkdir()
-    try:
-        record = _fill(task, temporary)
-        (temporary / UNIT).write_text(json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False), encoding="utf-8")
-        _commit(task, temporary)
-    finally:
-        remove_folders([temporary])
-    return record
-
-
-def _commit(task: UnitTask, temporary: Path) -> None:
-    if not is_owned_by(task.root, task.token):
-        raise UserError(f"{task.root}: another build has taken this folder over.")
-    if task.folder.exists():
-        if load_unit(task) is not None:  # a retried task, whose first try got further than was known
-            return
-        stale = temporary.with_name(f"{temporary.name}-stale")
-        task.folder.rename(stale)
-        remove_folders([stale])
-    commit_folder(temporary, task.folder)
+    return load_folder(task.folder, UNIT, UnitRecord, task.fingerprint())
 
 
 def _fill(task: UnitTask, folder: Path) -> UnitRecord:
-    tokenizer = load_tokenizer(task.tokenizer_path, task.end_of_text)
-    # Of an arrow file's row ranges, the first one hashes the whole file.
-    inputs = tuple(_hash_input(file) for file in task.unit.files if not file.rows or file.rows[0] == 0)
-    quarantined: dict[str, int] = {}
-    kept: list[str] = []
-    with ExitStack() as stack:
-        splits = _Splits(task, folder, stack, tokenizer)
-        for documents in _batches(_keep(task, folder, stack, quarantined)):
-            identities = [document.document_id for document in documents]
-            encodings = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
-            for document, identity, encoding in zip(documents, identities, encodings, strict=True):
-                splits.add(document, identity, encoding.ids)
-            kept = [min([*kept, *identities], key=_placed), max([*kept, *identities], key=_placed)]
-            splits.num_kept += len(documents)
-    for file in task.unit.files:
-        _refuse_changed(file)
-    reasons = dict(sorted(quarantined.items()))
-    quarantine = folder / QUARANTINE
+    recipe = task.recipe
+    settings = recipe.data.tokenizer
+    encoder = open_encoder(recipe.tokenizer_path, recipe.tokenizer_sha256, settings.end_of_text, settings.engine)
+    tally, inputs = Tally(folder), list[InputRecord]()
+    splits: dict[Split, _OpenSplit] = {split: _OpenSplit(task, folder, split, encoder) for split in SPLITS}
+    lowest, highest = "", ""
+    for document, ids, num_bytes in _encode_all(task, encoder, tally, _read(task, tally, inputs)):
+        identity = document.document_id
+        held_out = (place_document(identity) < recipe.data.held_out_fraction) != (identity in task.moved)
+        splits["held_out" if held_out else "train"].add(document, identity, ids, num_bytes)
+        lowest, highest = min(lowest or identity, identity), max(highest, identity)
+        tally.kept += 1
+    shards: dict[Split, tuple[ShardRecord, ...]] = {}
+    for split, one in splits.items():
+        if made := one.finish():
+            shards[split] = made
+    documents = tally.close()
+    if task.surveyed is not None:
+        surveyed = SurveyRecord.model_validate_json((_survey_folder(task) / SURVEY_RECORD).read_bytes(), strict=True)
+        documents, inputs = _join(surveyed.documents, documents), list(surveyed.inputs)
     return UnitRecord(
         fingerprint=task.fingerprint(),
-        documents=DocumentCounts(read=splits.num_kept + sum(reasons.values()), kept=splits.num_kept, quarantined=reasons),
-        inputs=inputs,
-        shards=splits.finish(),
-        quarantine=_record(quarantine) if quarantine.exists() else None,
-        lowest=tuple(kept[:1]),
-        highest=tuple(kept[1:]),
+        files=record_files(folder),
+        source=task.unit.files[0].source,
+        documents=documents,
+        inputs=tuple(inputs),
+        shards=shards,
+        lowest=(lowest,) if lowest else (),
+        highest=(highest,) if highest else (),
     )
 
 
-def _placed(document_id: str) -> tuple[float, str]:
-    return place_document(document_id), document_id
+def _survey_folder(task: UnitTask) -> Path:
+    return SurveyTask(task.recipe, task.unit).folder
 
 
-@dataclass
-class _OpenShard:
-    """A split's shard while it is being written."""
-
-    writer: ShardWriter
-    spans: list[DocumentSpan] = field(default_factory=list)
-    sources: dict[str, Counts] = field(default_factory=dict)
-
-
-class _Splits:
-    """The shards of one unit; a split's files exist from its first document on."""
-
-    def __init__(self, task: UnitTask, folder: Path, stack: ExitStack, tokenizer: Tokenizer) -> None:
-        self._task, self._folder, self._stack = task, folder, stack
-        self._dtype = token_dtype(vocabulary_size(tokenizer))
-        self._end = end_of_text_id(tokenizer, task.end_of_text)
-        self._shards: dict[Split, _OpenShard] = {}
-        self.num_kept = 0
-
-    def add(self, document: Document, identity: str, ids: list[int]) -> None:
-        """Append a document and the end-of-text token to the shard of its split."""
-        held_out = (place_document(identity) < self._task.held_out_fraction) != (identity in self._task.moved)
-        split: Split = "held_out" if held_out else "train"
-        if split not in self._shards:
-            self._shards[split] = _OpenShard(self._stack.enter_context(ShardWriter(self._folder / split, self._dtype)))
-        shard = self._shards[split]
-        first = shard.writer.num_tokens
-        shard.writer.add_document(np.array([*ids, self._end], dtype=np.int64))
-        size = len(document.text.encode("utf-8"))
-        span = DocumentSpan(identity, document.source, document.file, document.position, first, len(ids) + 1, size)
-        shard.spans.append(span)
-        added = Counts(num_tokens=span.num_tokens, num_documents=1, num_bytes=size)
-        shard.sources[document.source] = shard.sources.get(document.source, Counts()) + added
-
-    def finish(self) -> dict[Split, ShardRecord]:
-        """Write the sidecars (the shards are closed by now) and describe everything."""
-        records: dict[Split, ShardRecord] = {}
-        for split, shard in sorted(self._shards.items()):
-            write_spans(self._folder / split, shard.spans)
-            prefix = f"{UNITS}/{self._task.folder.name}"
-            names = [f"{split}.bin", f"{split}.idx", f"{split}.documents.parquet"]
-            total = sum(shard.sources.values(), Counts())
-            records[split] = ShardRecord(
-                name=f"{prefix}/{split}",
-                files={f"{prefix}/{name}": _record(self._folder / name) for name in names},
-                sources=dict(sorted(shard.sources.items())),
-                **total.model_dump(),
-            )
-        return records
+def _join(surveyed: DocumentCounts, later: DocumentCounts) -> DocumentCounts:
+    """What a survey kept is what was read behind it."""
+    return surveyed + DocumentCounts(
+        read=later.read - surveyed.kept,
+        kept=later.kept - surveyed.kept,
+        dropped=later.dropped,
+        quarantined=later.quarantined,
+    )
 
 
-def _keep(task: UnitTask, folder: Path, stack: ExitStack, quarantined: dict[str, int]) -> Iterator[Document]:
-    """The unit's documents; the rejected ones go to `quarantine.jsonl` on the way, and are counted by reason."""
-    file: Any = None
-    for item in read_unit(task.unit, task.largest_document_bytes):
-        if isinstance(item, Rejected):
-            if file is None:
-                file = stack.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
-            file.write(json.dumps(asdict(item), ensure_ascii=True) + "\n")
-            quarantined[item.reason] = quarantined.get(item.reason, 0) + 1
-        else:
-            yield item
+def _read(task: UnitTask, tally: Tally, inputs: list[InputRecord]) -> Iterator[Document | TokenDocument]:
+    if task.surveyed is None:
+        return read_cleaned(task.recipe, task.unit, tally, inputs)
+    found = load_duplicates(task.surveyed.duplicates, task.surveyed.place)
+    dropped = {ordinal: REASONS[code] for ordinal, code in zip(found.ordinals.tolist(), found.reasons.tolist(), strict=True)}
+    return read_surveyed(_survey_folder(task), dropped, tally)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in batches of about `BATCH_BYTES` of text."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _encode_all(
+    task: UnitTask, encoder: Encoder, tally: Tally, documents: Iterable[Document | TokenDocument]
+) -> Iterator[tuple[Document | TokenDocument, np.ndarray[Any, Any], int]]:
+    """Each document with its ids, end of text included, in the shards' type, and the bytes of its text."""
+    dtype, end = token_dtype(encoder.vocabulary_size), encoder.end_of_text_id
+    id_bytes: IdBytes | None = None
+    unchecked = True
+    for batch in in_batches(documents, BATCH_CHARACTERS):
+        if isinstance(batch[0], TokenDocument):
+            id_bytes = id_bytes if id_bytes is not None else measure_ids(encoder.reference)
+            for document in batch:
+                assert isinstance(document, TokenDocument), "a source is either text or tokens"
+                yield document, *adopt_ids(document, id_bytes, end, dtype)
+            continue
+        texts = [document.text for document in batch if isinstance(document, Document)]
+        try:
+            ids, offsets = encode(encoder, texts)
+        except UncuttableError as error:
+            for document in batch:  # only a text that is alone in its batch is that long
+                tally.reject(Rejected(document.source, document.file, document.position, None, "cannot_be_cut", str(error), ""))
+            continue
+        all_ids = np.empty(ids.size + len(batch), dtype=dtype)  # with room for an end of text behind each
+        places = offsets.astype(np.int64)
+        keep = np.ones(all_ids.size, dtype=bool)
+        ends = places[1:] + np.arange(len(batch))
+        keep[ends] = False
+        all_ids[keep] = ids
+        all_ids[ends] = end
+        for number, (document, text) in enumerate(zip(batch, texts, strict=True)):
+            first, behind = int(places[number]), int(places[number + 1])
+            if unchecked or _is_checked(document.document_id, task.recipe.data.tokenizer.checked_fraction):
+                unchecked = False
+                _refuse_difference(task, encoder, document, text, ids[first:behind])
+            num_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
+            yield document, all_ids[first + number : behind + number + 1], num_bytes
 
 
-def _hash_input(file: InputFile) -> InputRecord:
-    _refuse_changed(file)
-    return InputRecord(source=file.source, file=file.name, bytes=file.num_bytes, sha256=sha256_of_file(file.path))
+def _is_checked(identity: str, fraction: float) -> bool:
+    return int(identity[13:], 16) < fraction * 16.0 ** (len(identity) - 13)  # digits that do not decide the document's split
 
 
-def _refuse_changed(file: InputFile) -> None:
-    status = file.path.stat()
-    if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.mtime_ns):
-        raise UserError(f"{file.path} was changed while the build read it; start the same command again when it is at rest.")
+def _refuse_difference(task: UnitTask, encoder: Encoder, document: Document | TokenDocument, text: str, ids: np.ndarray[Any, Any]) -> None:
+    if not check_ids(encoder, text, ids):
+        raise UserError(
+            f"fastokens and tokenizers give different ids for document {document.position} of {document.file} (source "
+            f"{document.source}, id {document.document_id}); set data.tokenizer.engine to tokenizers, and start again."
+        )
 
 
-def _record(path: Path) -> FileRecord:
-    return FileRecord(bytes=path.stat().st_size, sha256=sha256_of_file(path))
+class _OpenSplit:
+    """The shards of one split of a unit: documents are gathered up to a shard's size, then written in shuffled order."""
+
+    def __init__(self, task: UnitTask, folder: Path, split: Split, encoder: Encoder) -> None:
+        self._folder, self._split = folder, split
+        self._facts = {"tokenizer_sha256": task.recipe.tokenizer_sha256, "vocabulary_size": str(encoder.vocabulary_size)}
+        self._dtype = token_dtype(encoder.vocabulary_size)
+        self._seed = f"{task.recipe.data.seed}\0".encode()
+        self._limit = task.recipe.data.shard_tokens
+        self._gathered: list[tuple[bytes, np.ndarray[Any, Any], DocumentSpan]] = []
+        self._num_tokens = 0
+        self._shards: list[ShardRecord] = []
+
+    def add(self, document: Document | TokenDocument, identity: str, ids: np.ndarray[Any, Any], num_bytes: int) -> None:
+        """Put a document into the shard that is being gathered."""
+        text = isinstance(document, Document)
+        name, metadata = (document.name, dump_metadata(document)) if text else (None, None)
+        span = DocumentSpan(identity, document.source, document.file, document.position, 0, ids.size, num_bytes, name, metadata)
+        if self._gathered and self._num_tokens + ids.size > self._limit:
+            self._write()
+        self._gathered.append((blake2b(self._seed + identity.encode(), digest_size=8).digest(), ids, span))
+        self._num_tokens += ids.size
+
+    def finish(self) -> tuple[ShardRecord, ...]:
+        """Write what is left; all shards of the split."""
+        if self._gathered:
+            self._write()
+        return tuple(self._shards)
+
+    def _write(self) -> None:
+        name = f"{self._split}-{len(self._shards):05d}"
+        prefix = self._folder / name
+        self._gathered.sort(key=lambda one: (one[0], one[2].document_id))
+        with ShardWriter(prefix, self._dtype) as writer:
+            writer.add_documents([ids for _, ids, _ in self._gathered])
+        first, spans, sources = 0, list[DocumentSpan](), dict[str, Counts]()
+        for _, _, span in self._gathered:
+            spans.append(span._replace(first_token=first))
+            first += span.num_tokens
+        total = Counts(num_tokens=first, num_documents=len(spans), num_bytes=sum(span.num_bytes for span in spans))
+        sources[spans[0].source] = total
+        write_spans(prefix, spans, self._facts)
+        files = [f"{name}.bin", f"{name}.idx", f"{name}.documents.parquet"]
+        records = {file: record_file(self._folder / file) for file in files}
+        self._shards.append(ShardRecord(name=name, files=records, sources=sources, **total.model_dump()))
+        self._gathered, self._num_tokens = [], 0

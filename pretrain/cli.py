@@ -1,7 +1,8 @@
 """The command `pretrain`: verbs, their arguments, what they print, and the exit status.
 
 Rooms are imported when a verb is called, so that `pretrain --help` answers at once.
-Exit status: 0 done; 2 the user's mistake, in one or two sentences; 75 stopped early, can be resumed; else a defect.
+Exit status: 0 done; 1 `data diff` found a difference; 2 the user's mistake, in one or two sentences; 75 stopped early, can be
+resumed; else a defect.
 """
 
 import errno
@@ -13,7 +14,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
     from pretrain.run.folder import RunFolder
 
-EXIT_DONE, EXIT_MISTAKE, EXIT_RESUMABLE = 0, 2, 75
+EXIT_DONE, EXIT_DIFFERENT, EXIT_MISTAKE, EXIT_RESUMABLE = 0, 1, 2, 75
 INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
 FALL_BACK = "Training falls back to the newest commit that is whole and moves this one aside."
-REPAIR = "To repair it, delete its manifest.json and build it again: only what is damaged is made anew."
+REPAIR = "To repair it: `pretrain data build RUN.yaml --rebuild` keeps what is whole and makes the rest again."
 NOT_A_DEFECT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 """Errors of a file system that only its owner can mend."""
 
@@ -42,7 +43,7 @@ app = typer.Typer(
         "pretrain train RUN.yaml optimizer.peak_lr=3e-4"
     ),
 )
-data_app = typer.Typer(no_args_is_help=True, help="Token shards: build them from text, look at them, verify them.")
+data_app = typer.Typer(no_args_is_help=True, help="Token shards: build them from text, look at them, compare and verify them.")
 config_app = typer.Typer(no_args_is_help=True, help="Run files.")
 checkpoints_app = typer.Typer(no_args_is_help=True, help="The commits of a run.")
 app.add_typer(data_app, name="data")
@@ -152,38 +153,146 @@ def config_show(run_file: RunFile, overrides: Overrides = None, as_json: AsJson 
 
 
 @data_app.command("build")
-def data_build(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Build token shards and their manifest from the sources of a run file. A killed build goes on where it was.
+def data_build(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Keep of what lies there all that is whole and still fits, and make the rest anew.")
+    ] = False,
+) -> None:
+    """Build the dataset of a run file. A killed build goes on where it was.
+
+    It tells how far it is: by bars in a terminal, elsewhere by a line per stage and one every 30 seconds. Interrupted, it
+    ends with exit status 75.
 
     Example: pretrain data build configs/runs/demo.yaml data.workers=2
     """
     from configs.loader import load_config
     from pretrain.build import build_with_progress
 
-    build_with_progress(load_config(run_file, overrides or []).data, _say)
+    data = load_config(run_file, overrides or []).data
+    try:
+        build_with_progress(data, _say, rebuild)
+    except KeyboardInterrupt:
+        _say(f"interrupted; the finished units in {data.folder()} are kept, and the same command goes on where this one was")
+        raise typer.Exit(EXIT_RESUMABLE) from None
 
 
 @data_app.command("show")
 def data_show(data: DataArgument, as_json: AsJson = False) -> None:
-    """Print what a built dataset holds: tokens, documents, bytes, by split and source, and what was left out.
+    """Print what a dataset holds.
+
+    That is: counts by split and source, the mixture, what was left out and why, rules, libraries, and how a few documents begin.
 
     Example: pretrain data show datasets/demo
     """
-    from data_pipeline.manifest import show_dataset
+    from data_pipeline.show import show_dataset
+    from pretrain.build import open_page, tell_dataset
 
-    _print_mapping(show_dataset(_find_data(data)), as_json)
+    found = show_dataset(_find_data(data))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        tell_dataset(found, open_page())
+
+
+@data_app.command("sample")
+def data_sample(
+    data: DataArgument,
+    source: Annotated[str | None, typer.Option(help="Only of this source; without it, of all.", show_default=False)] = None,
+    count: Annotated[int, typer.Option(min=1, help="So many documents.")] = 3,
+    split: Annotated[Literal["train", "held_out"], typer.Option(help="Of this split.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed chooses the same documents.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Show so many tokens of each.")] = 200,
+    document: Annotated[
+        str | None, typer.Option(metavar="ID", help="Only the document of this id, of either split.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print documents as the model sees them.
+
+    Their tokens are told apart by two backgrounds in a terminal, elsewhere by a |. Control characters are shown; \\xNN is a byte
+    of a character that several tokens share.
+
+    Example: pretrain data sample datasets/demo --source stdlib --count 2 --tokens 80
+    """
+    from dataclasses import asdict
+
+    from data_pipeline.show import find_document, sample_documents
+    from pretrain.build import open_page, tell_document
+
+    folder = _find_data(data)
+    if document is not None:
+        found = [find_document(folder, document, tokens)]
+    else:
+        found = sample_documents(folder, source, split, count, seed, tokens)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+        return
+    page = open_page()
+    for number, one in enumerate(found):
+        if number:
+            typer.echo()
+        tell_document(one, page)
+
+
+@data_app.command("diff")
+def data_diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A folder of built shards, or a run file.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Print in what two datasets differ.
+
+    That is: configuration, rules, libraries, tokenizer, inputs, counts, shards and documents. Exit status, as that of diff: 0
+    when the manifests are equal byte for byte, 1 when they differ. Documents are compared by id, numbers of tokens and bytes, and
+    split; that takes at most 48 bytes of memory for each that stands in shards which differ.
+
+    Example: pretrain data diff datasets/demo datasets/demo-cleaned
+    """
+    from data_pipeline.show import compare_datasets
+    from pretrain.build import open_page, tell_differences
+
+    found = compare_datasets(_find_data(a), _find_data(b))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        tell_differences(found, open_page())
+    if not found["equal"]:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+@data_app.command("rules")
+def data_rules(as_json: AsJson = False) -> None:
+    """Print every rule that data.clean may name.
+
+    Each with its settings and their defaults, and below it what it does.
+
+    Example: pretrain data rules
+    """
+    from data_pipeline.cleaning import describe_rules
+    from pretrain.build import open_page, tell_rules
+
+    rules = describe_rules()
+    if as_json:
+        typer.echo(json.dumps(rules))
+    else:
+        tell_rules(rules, open_page())
 
 
 @data_app.command("verify")
 def data_verify(data: DataArgument, as_json: AsJson = False) -> None:
-    """Read every byte of a built dataset and compare it with the manifest. Exit status 2 when something differs.
+    """Compare every byte of a dataset with its manifest. Exit status 2 when something differs.
+
+    That is tokenizer.json and every shard with its index and sidecar. Not unit.json, report.json, plan.json and dropped/: who
+    trains trusts none of them, and a build takes a unit over only when each of its files is as its unit.json says.
 
     Example: pretrain data verify datasets/demo
     """
-    from data_pipeline.manifest import verify_dataset
+    from pretrain.build import verify_with_progress
 
     folder = _find_data(data)
-    _report_problems(str(folder), verify_dataset(folder, None), as_json, REPAIR)
+    _report_problems(str(folder), verify_with_progress(folder, _say), as_json, REPAIR)
 
 
 @checkpoints_app.command("list")
@@ -275,15 +384,6 @@ def _report_problems(what: str, problems: list[str], as_json: bool, advice: str)
         typer.echo(f"{what}: {len(problems)} found to be wrong. {advice}" if problems else f"{what}: every byte is as it was written")
     if problems:
         raise typer.Exit(EXIT_MISTAKE)
-
-
-def _print_mapping(mapping: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(mapping))
-        return
-    import yaml
-
-    typer.echo(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120), nl=False)
 
 
 def _say(text: str) -> None:

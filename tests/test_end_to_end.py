@@ -66,7 +66,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def test_data_show_verify_and_a_second_build(place: Path) -> None:
     shown = json.loads(pretrain("data", "show", place / "sums.yaml", "--json").stdout)
-    assert shown["documents"] == {"read": 180, "kept": 180, "quarantined": {}}
+    assert shown["documents"] == {"read": 180, "kept": 180, "dropped": {}, "quarantined": {}}
     assert json.loads(pretrain("data", "verify", place / "shards", "--json").stdout)["problems"] == []
     assert "nothing to do" in pretrain("data", "build", place / "sums.yaml").stderr
 
@@ -135,10 +135,10 @@ def test_planted_bit_flips_are_found_and_an_older_commit_is_used(place: Path, se
     assert [path.name for path in (run / "checkpoints" / "rejected").iterdir()] == ["step-00000059"]
     assert [row["step"] for row in rows_of(run) if "loss" in row] == list(range(1, 61))
 
-    shard = place / "shards" / "units" / "00000" / "train.bin"
+    shard = place / "shards" / "units" / "00000" / "train-00000.bin"
     clean = shard.read_bytes()
     flip_a_bit(shard, chooser)
-    assert "units/00000/train.bin" in pretrain("data", "verify", place / "shards", status=2).stdout
+    assert "units/00000/train-00000.bin" in pretrain("data", "verify", place / "shards", status=2).stdout
     shard.write_bytes(clean)
 
 
@@ -188,16 +188,15 @@ def test_a_usage_error_is_a_few_lines_and_status_2(arguments: list[str]) -> None
 
 def test_a_flipped_bit_in_a_shard_is_refused_before_training(place: Path, seed: int) -> None:
     """Nothing is started and no run folder is made; the message names the file and how to repair it, and that works."""
-    shard = place / "shards" / "units" / "00000" / "train.bin"
+    shard = place / "shards" / "units" / "00000" / "train-00000.bin"
     clean = shard.read_bytes()
     flip_a_bit(shard, random.Random(seed))
     said = pretrain("train", place / "sums.yaml", "run.name=on-damaged-data", status=2).stderr
-    assert "units/00000/train.bin: its SHA-256 differs" in said
-    assert "delete its manifest.json and build it again" in said
+    assert "units/00000/train-00000.bin: its SHA-256 differs" in said
+    assert "`pretrain data build RUN.yaml --rebuild` keeps what is whole" in said
     assert not (place / "runs" / "on-damaged-data").exists()
     manifest = (place / "shards" / "manifest.json").read_bytes()
-    (place / "shards" / "manifest.json").unlink()
-    pretrain("data", "build", place / "sums.yaml")
+    pretrain("data", "build", place / "sums.yaml", "--rebuild")
     assert shard.read_bytes() == clean
     assert (place / "shards" / "manifest.json").read_bytes() == manifest
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.durable import sha256_of_file
-from data_pipeline.manifest import Counts, DocumentCounts, FileRecord, Manifest, ShardRecord, write_manifest
+from data_pipeline.manifest import FORMAT_VERSION, Counts, DocumentCounts, FileRecord, Manifest, ShardRecord, write_manifest
 from data_pipeline.shards import DocumentSpan, ShardWriter, write_spans
 from data_pipeline.tokenizer import end_of_text_id, tokenizer_hash, train_tokenizer, vocabulary_size
 
@@ -44,7 +44,7 @@ def write_tiny_dataset(folder: Path, num_documents: int = 300, seed: int = 7) ->
                 tokens = np.array([*tokenizer.encode(text).ids, end])
                 spans.append(DocumentSpan(f"{number:012x}", "sums", "sums.txt", number, writer.num_tokens, len(tokens), len(text.encode())))
                 writer.add_document(tokens)
-        write_spans(prefix, spans)
+        write_spans(prefix, spans, {"tokenizer_sha256": tokenizer_hash(folder / "tokenizer.json")})
         counts = {
             "num_tokens": writer.num_tokens,
             "num_documents": len(documents),
@@ -56,14 +56,16 @@ def write_tiny_dataset(folder: Path, num_documents: int = 300, seed: int = 7) ->
         }
         records[name.rpartition("/")[2]].append(ShardRecord(name=name, files=files, sources={"sums": Counts(**counts)}, **counts))
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         tokenizer_sha256=tokenizer_hash(folder / "tokenizer.json"),
         vocabulary_size=vocabulary_size(tokenizer),
         end_of_text=END_OF_TEXT,
         end_of_text_id=end,
         dtype="uint16",
         configuration={},
-        documents=DocumentCounts(read=num_documents, kept=num_documents),
+        rules=(),
+        libraries={},
+        sources={"sums": DocumentCounts(read=num_documents, kept=num_documents)},
         inputs=(),
         splits={"train": tuple(records["train"]), "held_out": tuple(records["held_out"])},
     )

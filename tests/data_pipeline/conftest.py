@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from configs.schema import DataSection, SourceSection, TokenizerSection
-from data_pipeline.build import BuildResult, Progress, build_dataset
-from data_pipeline.execution import run_here
+from data_pipeline.build import BuildResult, build_dataset
+from data_pipeline.execution import open_here
+from data_pipeline.stages import Progress
 
 SEED = 20261122
 WORDS = [
@@ -73,17 +74,17 @@ def data_for(tmp_path: Path) -> Callable[..., DataSection]:
 
 
 @pytest.fixture
-def build() -> Callable[[DataSection], BuildResult]:
+def build() -> Callable[..., BuildResult]:
     """Build in this process."""
-    return lambda data: build_dataset(data, ignore_progress, run_here)
+    return lambda data, rebuild=False: build_dataset(data, ignore_progress, open_here, rebuild)
 
 
 @pytest.fixture
 def hashes() -> Callable[[Path], dict[str, str]]:
-    """SHA-256 of every file of a dataset but those of the lock."""
+    """SHA-256 of every file of a dataset but those of the lock, and the report, which has times in it."""
 
     def of(folder: Path) -> dict[str, str]:
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".owner.json"))
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".owner.json", "report.json"))
         return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     return of

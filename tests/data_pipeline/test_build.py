@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.schema import SourceSection, TokenizerSection
 from data_pipeline import build as conductor
 from data_pipeline.build import build_dataset
-from data_pipeline.execution import run_here
+from data_pipeline.execution import open_here
 from data_pipeline.manifest import load_manifest, verify_dataset
 from data_pipeline.ownership import own_folder
 from data_pipeline.shards import Shard, read_spans
@@ -77,7 +77,12 @@ def test_counts_are_exact(tmp_path, data_for, build):
     data = data_for(folder, quarantine_limit=0.2, work_unit_bytes=5_000)
     result = build(data)
     wanted = {reason: reasons.count(reason) for reason in sorted(set(reasons))} | {"damaged_file": 1}
-    assert result.manifest.documents.model_dump() == {"read": 1101, "kept": 1000, "quarantined": dict(sorted(wanted.items()))}
+    assert result.manifest.documents.model_dump() == {
+        "read": 1101,
+        "kept": 1000,
+        "dropped": {},
+        "quarantined": dict(sorted(wanted.items())),
+    }
     assert sorted(stored_texts(result.folder).values()) == sorted(f"good {number}" for number in range(1000))
     named = [json.loads(line) for path in result.folder.rglob("quarantine.jsonl") for line in path.read_text().splitlines()]
     assert len(named) == 101
@@ -147,9 +152,9 @@ def test_second_build_is_quick_and_touches_nothing(corpus, data_for, build, hash
     os.utime(moved / "odd" / "text-01.txt", ns=(1, 1))
     same = data_for(moved, workers=1, quarantine_limit=0.5)
     assert build_dataset(same, lambda _: None, forbidden).outcome == "unchanged"
-    assert json.loads((folder / "inputs.json").read_text())["mine:odd/text-01.txt"] == 1
-    assert {name: digest for name, digest in hashes(folder).items() if name != "inputs.json"} == {
-        name: digest for name, digest in before.items() if name != "inputs.json"
+    assert json.loads((folder / "plan.json").read_text())["files"]["mine:odd/text-01.txt"][1] == "1"
+    assert {name: digest for name, digest in hashes(folder).items() if name != "plan.json"} == {
+        name: digest for name, digest in before.items() if name != "plan.json"
     }
 
 
@@ -161,20 +166,20 @@ def test_changed_input_is_refused(corpus, data_for, build, hashes):
     whole, status = path.read_bytes(), path.stat()
 
     def refusal(data) -> str:
-        with pytest.raises(UserError, match=r"was built from something else; choose another data.root, or delete") as caught:
+        with pytest.raises(UserError, match=r"was built from something else; choose another data.root, or say --rebuild") as caught:
             build(data)
         return str(caught.value)
 
     path.write_bytes(b"X" + whole[1:])  # one byte, the size stays
-    assert f"{path}: has other content" in refusal(data)
+    assert "mine:odd/text-01.txt: has other content" in refusal(data)
     path.write_bytes(whole + b"X")
-    assert f"{path}: had {len(whole)} bytes, has {len(whole) + 1}" in refusal(data)
+    assert f"mine:odd/text-01.txt: had {len(whole)} bytes, has {len(whole) + 1}" in refusal(data)
     path.unlink()
     assert "mine:odd/text-01.txt: was there, is gone" in refusal(data)
     path.write_bytes(whole)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     (corpus / "new.txt").write_bytes(b"new")
-    assert f"{corpus / 'new.txt'}: was not there" in refusal(data)
+    assert "mine:new.txt: was not there" in refusal(data)
     (corpus / "new.txt").unlink()
     assert "data.held_out_fraction: was 0.2, is 0.3" in refusal(data_for(corpus, held_out_fraction=0.3))
     assert "data.tokenizer.vocabulary_size: was 400, is 401" in refusal(
@@ -203,14 +208,13 @@ def test_damaged_datasets_are_not_called_finished(corpus, data_for, build, hashe
     data = data_for(corpus)
     folder = build(data).folder
     before = hashes(folder)
-    (folder / "units" / "00001" / "train.bin").unlink()
-    with pytest.raises(UserError, match=r"00001/train.bin: missing or cut off; delete .*manifest.json"):
+    (folder / "units" / "00001" / "train-00000.bin").unlink()
+    with pytest.raises(UserError, match=r"00001/train-00000.bin: missing or cut off; .* --rebuild"):
         build(data)
-    (folder / "manifest.json").unlink()
-    flipped = bytearray((folder / "units" / "00002" / "train.bin").read_bytes())
+    flipped = bytearray((folder / "units" / "00002" / "train-00000.bin").read_bytes())
     flipped[5] ^= 1
-    (folder / "units" / "00002" / "train.bin").write_bytes(flipped)
-    result = build(data)
+    (folder / "units" / "00002" / "train-00000.bin").write_bytes(flipped)
+    result = build(data, rebuild=True)
     assert (result.outcome, result.num_units_kept) == ("built", result.num_units - 2)
     assert hashes(folder) == before
 
@@ -227,22 +231,26 @@ def test_units_of_other_input_are_made_again(corpus, data_for, build, hashes):
     given = stale.parent / "given.json"
     given.write_bytes((stale / "tokenizer.json").read_bytes())
     tokenizer = TokenizerSection(path=str(given))
-    result = build(data_for(corpus, root="stale", tokenizer=tokenizer))
+    data = data_for(corpus, root="stale", tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"say --rebuild") as caught:
+        build(data)
+    assert "mine:odd/text-23.txt: was changed, or touched" in str(caught.value)
+    result = build(data, rebuild=True)
     assert result.num_units_kept == result.num_units - 1
     fresh = build(data_for(corpus, root="fresh", tokenizer=tokenizer))
     assert {n: h for n, h in hashes(stale).items() if n != "tokenizer.origin.json"} == hashes(fresh.folder)
 
 
 def test_input_that_changes_under_the_build_is_refused(corpus, data_for, build):
-    def change(function, tasks, workers, scratch):
+    def change(function, tasks):
         (corpus / "odd" / "text-23.txt").write_bytes(b"changed")
-        yield from map(function, tasks)
+        yield from ((task, function(task)) for task in tasks)
 
     data = data_for(corpus)
     with pytest.raises(UserError, match=r"text-23.txt was changed while the build read it"):
-        build_dataset(data, lambda _: None, change)
+        build_dataset(data, lambda _: None, lambda workers, scratch: contextlib.nullcontext(change))
     assert not (Path(data.folder()) / "manifest.json").exists()
-    assert stored_texts(build(data).folder)["odd/text-23.txt", 0] == "changed"
+    assert stored_texts(build(data, rebuild=True).folder)["odd/text-23.txt", 0] == "changed"
 
 
 def test_concurrent_build_is_refused_and_the_first_unharmed(corpus, data_for, build):
@@ -265,7 +273,7 @@ def test_workers_do_not_change_a_byte(corpus, data_for, build, hashes, two_worke
 
 def test_progress_reaches_its_ends(corpus, data_for):
     seen: list = []
-    build_dataset(data_for(corpus), seen.append, run_here)
+    build_dataset(data_for(corpus), seen.append, open_here)
     assert list(dict.fromkeys(progress.stage for progress in seen)) == ["plan", "tokenizer", "tokens", "manifest"]
     for stage in ("plan", "tokenizer", "tokens", "manifest"):
         ends = [progress for progress in seen if progress.stage == stage]
@@ -277,12 +285,12 @@ import json, resource, sys
 from configs.errors import UserError
 from configs.schema import DataSection
 from data_pipeline.build import build_dataset
-from data_pipeline.execution import run_here, run_on_ray
+from data_pipeline.execution import open_here, open_ray
 data = DataSection.model_validate_json(open(sys.argv[1]).read(), strict=True)
 if sys.argv[3] != "none":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
-    result = build_dataset(data, lambda progress: print(progress, flush=True), {"here": run_here, "ray": run_on_ray}[sys.argv[2]])
+    result = build_dataset(data, lambda progress: print(progress, flush=True), {"here": open_here, "ray": open_ray}[sys.argv[2]])
     print(json.dumps({"outcome": result.outcome, "kept": result.num_units_kept}))
 except UserError as error:
     print(error)

@@ -4,15 +4,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from configs.errors import UserError
-from configs.schema import RuleSection
+from configs.schema import DataSection, RuleSection, SourceSection
 from data_pipeline.cleaning import RULES, apply_rules, bind_rules, describe_rules, identify_rules
 from data_pipeline.documents import Document, Dropped
 
 DOCUMENT = Document("web", "a.jsonl", 17, "some  text", metadata={"url": "https://example.org/x"})
 
-OWN = '''
+OWN = """
 from dataclasses import replace
 
 def shout(document, *, times=1):
@@ -32,7 +33,7 @@ def refuse(document):
     raise UserError("mend this")
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -50,12 +51,21 @@ def rules(*sections) -> tuple[RuleSection, ...]:
 def test_rules_act_in_order_and_the_first_reason_counts(own):
     long = {"rule": "own_rules:keep_long", "settings": {"minimum": 15}}
     twice = {"rule": "own_rules:shout", "settings": {"times": 2}}
-    assert apply_rules(bind_rules(rules(twice, long)), DOCUMENT) == replace(DOCUMENT, text="SOME  TEXTSOME  TEXT")
-    assert apply_rules(bind_rules(rules(long, twice)), DOCUMENT) == Dropped(DOCUMENT, "too_short")
+    assert apply_rules(bind_rules(rules(twice, long), "web"), DOCUMENT) == replace(DOCUMENT, text="SOME  TEXTSOME  TEXT")
+    assert apply_rules(bind_rules(rules(long, twice), "web"), DOCUMENT) == Dropped(DOCUMENT, "too_short")
     assert apply_rules([], DOCUMENT) is DOCUMENT
     nothing = {"rule": "own_rules:shout", "settings": {"times": 0}}
-    emptied = apply_rules(bind_rules(rules(nothing)), DOCUMENT)
+    emptied = apply_rules(bind_rules(rules(nothing), "web"), DOCUMENT)
     assert isinstance(emptied, Dropped) and emptied.reason == "nothing_left"
+
+
+def test_a_rule_may_be_for_some_sources(own):
+    some = rules({"rule": "own_rules:shout", "sources": ("books", "notes")}, "normalize_unicode")
+    assert [name for name, _ in bind_rules(some, "web")] == ["normalize_unicode"]
+    assert [name for name, _ in bind_rules(some, "notes")] == ["own_rules:shout", "normalize_unicode"]
+    assert identify_rules(some) != identify_rules(rules("own_rules:shout", "normalize_unicode"))
+    with pytest.raises(ValidationError, match=r"clean speaks of sources that there are not: \['books', 'notes'\]; there are \['web'\]"):
+        DataSection(clean=some, sources=(SourceSection(name="web", path="x"),))
 
 
 def test_what_identifies_a_rule(own, tmp_path):
@@ -74,7 +84,10 @@ def test_what_identifies_a_rule(own, tmp_path):
     ("section", "message"),
     [
         ("gopher_qualty", r"no rule 'gopher_qualty'; did you mean 'gopher_quality'"),
-        ({"rule": "gopher_quality", "settings": {"min_word": 3}}, r"data.clean\[0\] \(gopher_quality\): no setting 'min_word'; did you mean"),
+        (
+            {"rule": "gopher_quality", "settings": {"min_word": 3}},
+            r"data.clean\[0\] \(gopher_quality\): no setting 'min_word'; did you mean",
+        ),
         ("nowhere_at_all:rule", r"the module 'nowhere_at_all' cannot be imported \(ModuleNotFoundError"),
         ("own_rules:shot", r"own_rules has no function 'shot'; it has: .*shout"),
         ("own_rules:number", r"has no function 'number'"),
@@ -89,11 +102,11 @@ def test_what_cannot_be_used_is_refused_before_anything_starts(own, section, mes
 
 def test_a_rule_that_fails_is_named_with_the_document(own):
     with pytest.raises(RuntimeError, match=r"own_rules:break_down failed on document 17 of a.jsonl \(source web\): KeyError"):
-        apply_rules(bind_rules(rules("own_rules:break_down")), DOCUMENT)
+        apply_rules(bind_rules(rules("own_rules:break_down"), "web"), DOCUMENT)
     with pytest.raises(RuntimeError, match=r"own_rules:forget gave a NoneType for document 17"):
-        apply_rules(bind_rules(rules("own_rules:forget")), DOCUMENT)
+        apply_rules(bind_rules(rules("own_rules:forget"), "web"), DOCUMENT)
     with pytest.raises(UserError, match="^mend this$"):
-        apply_rules(bind_rules(rules("own_rules:refuse")), DOCUMENT)
+        apply_rules(bind_rules(rules("own_rules:refuse"), "web"), DOCUMENT)
 
 
 def test_every_rule_of_ours_says_what_it_does():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from data_pipeline.execution import run_here, run_on_ray
+from data_pipeline.execution import Failed, open_here, open_ray
 
 HERE = Path("/nowhere")  # Ray is running: no scratch is needed
 
@@ -15,9 +15,11 @@ def double(task: int) -> int:
     return 2 * task
 
 
-@pytest.mark.parametrize("run", [run_here, run_on_ray])
-def test_every_task_gives_one_result(run, two_workers):
-    assert sorted(run(double, range(20), 2, HERE)) == list(range(0, 40, 2))
+@pytest.mark.parametrize("engine", [open_here, open_ray])
+def test_every_task_gives_one_result(engine, two_workers):
+    with engine(2, HERE) as run:
+        assert sorted(run(double, range(20))) == [(task, 2 * task) for task in range(20)]
+        assert list(run(double, [])) == []
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path, two_workers):
@@ -27,26 +29,38 @@ def test_a_worker_that_dies_is_replaced(tmp_path, two_workers):
             os.kill(os.getpid(), 9)
         return task
 
-    assert sorted(run_on_ray(die_once, range(6), 2, HERE)) == list(range(6))
+    with open_ray(2, HERE) as run:
+        assert sorted(run(die_once, range(6))) == [(task, task) for task in range(6)]
     assert (tmp_path / "died").exists()
 
 
-def test_a_task_that_always_kills_its_worker_ends_the_build(tmp_path, two_workers):
-    def die(task: str) -> None:
+def test_a_task_that_always_kills_its_worker_is_given_up_and_the_rest_goes_on(tmp_path, two_workers):
+    def die(task: str) -> str:
+        if task != "poison":
+            return task
         with (tmp_path / "tries").open("a") as file:
             file.write("x")
         os.kill(os.getpid(), 9)
+        raise AssertionError
 
-    with pytest.raises(RuntimeError, match="died 4 times: unit 7 of poison"):
-        list(run_on_ray(die, ["unit 7 of poison"], 1, HERE))
+    with open_ray(1, HERE) as run:
+        assert dict(run(die, ["first", "poison", "last"])) == {
+            "first": "first",
+            "poison": Failed("its worker died 4 times"),
+            "last": "last",
+        }
     assert (tmp_path / "tries").read_text() == "xxxx"
 
 
-def test_errors_of_the_function_come_through(two_workers):
+@pytest.mark.parametrize("engine", [open_here, open_ray])
+def test_errors_of_the_function_come_through(engine, two_workers):
     def fail(task: str) -> None:
-        raise UserError("mend this") if task == "user" else ZeroDivisionError(task)
+        raise {"user": UserError("mend this"), "disk": OSError(28, "full"), "defect": ZeroDivisionError("zero")}[task]
 
-    with pytest.raises(UserError, match=r"^mend this$"):
-        list(run_on_ray(fail, ["user"], 1, HERE))
-    with pytest.raises(RuntimeError, match="this task failed: defect"):
-        list(run_on_ray(fail, ["defect"], 1, HERE))
+    with engine(1, HERE) as run:
+        with pytest.raises(UserError, match=r"^mend this$"):
+            list(run(fail, ["user"]))
+        with pytest.raises(OSError, match="full") as caught:
+            list(run(fail, ["disk"]))
+        assert caught.value.errno == 28
+        assert list(run(fail, ["defect"])) == [("defect", Failed("ZeroDivisionError: zero"))]

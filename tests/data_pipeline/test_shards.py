@@ -135,10 +135,14 @@ def test_missing_files_are_named(tmp_path, missing):
 
 
 def test_sidecar(tmp_path):
-    spans = [DocumentSpan("a1", "web", "x/ü.txt", 0, 0, 3, 10), DocumentSpan("b2", "web", "y.jsonl", 7, 3, 1, 0)]
-    write_spans(tmp_path / "shard", spans)
+    spans = [
+        DocumentSpan("a1", "web", "x/ü.txt", 0, 0, 3, 10, "name", '{"url": "https://example.org"}'),
+        DocumentSpan("b2", "web", "y.jsonl", 2**40, 3, 1, 0),
+    ]
+    write_spans(tmp_path / "shard", spans, {"tokenizer_sha256": "abc"})
+    assert read_spans(tmp_path / "shard").schema.metadata == {b"tokenizer_sha256": b"abc"}
     assert [DocumentSpan(**row) for row in read_spans(tmp_path / "shard").to_pylist()] == spans
-    write_spans(tmp_path / "none", [])
+    write_spans(tmp_path / "none", [], {})
     assert read_spans(tmp_path / "none").num_rows == 0
     with pytest.raises(UserError, match=r"other.documents.parquet"):
         read_spans(tmp_path / "other")

@@ -1,0 +1,120 @@
+"""Texts to ids at the speed of fastokens, with the ids that tokenizers defines.
+
+In: a `tokenizer.json` and batches of texts. Out: one flat row of ids and where each text starts in it. Two engines that
+should agree are still two engines: `check_ids` encodes a text with tokenizers as well and refuses the first difference.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import fastokens
+import numpy as np
+from tokenizers import Tokenizer
+
+from configs.errors import UserError
+from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
+
+PIECE_CHARACTERS = 1_000_000  # tokenizers takes some 50 bytes of memory for each byte of what it encodes at once
+WINDOW_CHARACTERS = 200  # around a cut, encoded whole and in two parts to see that the cut changes nothing
+CUT_TRIALS = 1000
+CHECKED_CHARACTERS = 20_000  # of a long text, its start is checked
+
+Ids = np.ndarray[Any, np.dtype[np.uint32]]
+Offsets = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+class UncuttableError(ValueError):
+    """A text is too long to be encoded at once, and no place was found where cutting it leaves its ids as they are."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer in both engines."""
+
+    reference: Tokenizer
+    """Defines the ids."""
+    fast: fastokens.Tokenizer | None
+    """Gives the same ids sooner; None where it does not read this tokenizer, or was not asked for."""
+    vocabulary_size: int = 0
+    """Highest id + 1; asking the tokenizer takes longer than encoding a document."""
+    end_of_text_id: int = 0
+
+
+@lru_cache(maxsize=2)
+def open_encoder(path: Path, sha256: str, end_of_text: str, engine: Literal["auto", "fastokens", "tokenizers"]) -> Encoder:
+    """Load a tokenizer, once per process and content (`sha256`). Raises UserError: not usable, or not by the engine asked for."""
+    reference = load_tokenizer(path, end_of_text)
+    fast = None
+    if engine != "tokenizers":
+        try:
+            # From the settings that `load_tokenizer` made, not from the file: truncation is off, the end of text is special.
+            fast = fastokens.Tokenizer.from_json_str(reference.to_str())
+        except Exception as error:  # the library raises no narrower type
+            if engine == "fastokens":
+                raise UserError(
+                    f"{path}: fastokens does not read this tokenizer ({error}); set data.tokenizer.engine to auto or tokenizers."
+                ) from None
+    return Encoder(reference, fast, vocabulary_size(reference), end_of_text_id(reference, end_of_text))
+
+
+def encode(encoder: Encoder, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+    """Ids of all texts, one behind the other, and len(texts) + 1 places where each starts and the last ends.
+
+    A special token's spelling is ordinary text. A text above `PIECE_CHARACTERS` is cut where that changes no id. Raises
+    UncuttableError.
+    """
+    if encoder.fast is not None and all(len(text) <= PIECE_CHARACTERS for text in texts):
+        ids, offsets = encoder.fast.encode_batch_flat(list(texts), False, True)
+        return np.frombuffer(ids, dtype="<u4"), np.frombuffer(offsets, dtype="<u8")
+    encoded = [np.concatenate([_encode_piece(encoder, piece) for piece in cut_text(encoder, text)]) for text in texts]
+    offsets = np.zeros(len(texts) + 1, dtype=np.uint64)
+    np.cumsum([ids.size for ids in encoded], out=offsets[1:])
+    return np.concatenate(encoded) if encoded else np.empty(0, dtype=np.uint32), offsets
+
+
+def check_ids(encoder: Encoder, text: str, ids: Ids) -> bool:
+    """Whether tokenizers gives a text these ids; of a long text, its start is encoded by both engines anew."""
+    if encoder.fast is None:
+        return True
+    if len(text) > CHECKED_CHARACTERS:
+        text = text[:CHECKED_CHARACTERS]
+        ids = _encode_piece(encoder, text)
+    return encoder.reference.encode(text, add_special_tokens=False).ids == ids.tolist()
+
+
+def cut_text(encoder: Encoder, text: str) -> list[str]:
+    """A text in pieces of at most `PIECE_CHARACTERS` whose ids, laid end to end, are those of the text.
+
+    The places are between a letter or digit and a space before a letter, where every pre-tokenizer in use starts anew;
+    that it does is tried out on `WINDOW_CHARACTERS` around each. Raises UncuttableError.
+    """
+    pieces: list[str] = []
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = _find_cut(encoder, text, start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS)
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def _find_cut(encoder: Encoder, text: str, low: int, high: int) -> int:
+    cut = high
+    for _ in range(CUT_TRIALS):
+        cut = text.rfind(" ", low, cut)
+        if cut < 0:
+            break
+        if text[cut - 1].isalnum() and text[cut + 1].isalpha():
+            before, behind = text[cut - WINDOW_CHARACTERS : cut], text[cut : cut + WINDOW_CHARACTERS]
+            parts = [*_encode_piece(encoder, before), *_encode_piece(encoder, behind)]
+            if parts == _encode_piece(encoder, before + behind).tolist():
+                return cut
+    raise UncuttableError(f"no place to cut between characters {low} and {high}")
+
+
+def _encode_piece(encoder: Encoder, text: str) -> Ids:
+    if encoder.fast is None:
+        return np.array(encoder.reference.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+    return np.frombuffer(encoder.fast.encode_batch_flat([text], False, True)[0], dtype="<u4")

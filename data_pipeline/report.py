@@ -1,0 +1,83 @@
+"""What a build did, for people: `report.json`, and for each reason a file of documents that were dropped for it.
+
+In: the manifest, what the stages measured, the units' folders. Out: files beside the manifest that nothing trusts or reads
+back: times and memory differ from build to build.
+"""
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.durable import remove_folders, write_file
+from data_pipeline.manifest import SPLITS, UNITS, Counts, Manifest
+from data_pipeline.tally import DROPPED, EXAMPLES
+
+REPORT = "report.json"
+EXAMPLES_FOLDER = "dropped"
+
+
+@dataclass
+class StageReport:
+    """What one stage of a build measured."""
+
+    stage: str
+    num_units: int = 0
+    num_units_kept: int = 0
+    """Found whole from an earlier start."""
+    num_documents: int = 0
+    """Of the units made now."""
+    num_bytes: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    """With waiting for workers to start."""
+    start_seconds: float = 0.0
+    """Until the first unit was done."""
+    peak_worker_bytes: int = 0
+    """Largest resident memory of a worker process."""
+
+
+def describe_build(manifest: Manifest, stages: Iterable[StageReport], facts: dict[str, Any]) -> dict[str, Any]:
+    """The report, ready for JSON: by source what was read, kept, dropped, quarantined, and what every stage took."""
+    sources: dict[str, Any] = {}
+    for name, documents in manifest.sources.items():
+        shards = [shard.sources[name] for split in SPLITS for shard in manifest.shards(split) if name in shard.sources]
+        sources[name] = {**documents.model_dump(), **sum(shards, Counts()).model_dump()}
+    return {"documents": manifest.documents.model_dump(), "sources": sources, "stages": [_rates(stage) for stage in stages], **facts}
+
+
+def write_report(root: Path, report: dict[str, Any], num_units: int) -> None:
+    """Write `report.json` and `dropped/REASON.jsonl`, up to 100 documents each: those with the lowest ids. Raises OSError."""
+    folder = root / EXAMPLES_FOLDER
+    remove_folders([folder])
+    chosen: dict[str, list[tuple[str, str]]] = {}
+    for reason, identity, line in _examples(root / UNITS, num_units):
+        examples = chosen.setdefault(reason, [])
+        examples.append((identity, line))
+        if len(examples) > 4 * EXAMPLES:
+            chosen[reason] = heapq.nsmallest(EXAMPLES, examples)
+    for reason, examples in chosen.items():
+        folder.mkdir(exist_ok=True)
+        lines = [line for _, line in heapq.nsmallest(EXAMPLES, examples)]
+        # A rule of the user's own names its reasons: the file keeps to letters that are safe everywhere.
+        name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in reason)[:100]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_file(root / REPORT, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def _rates(stage: StageReport) -> dict[str, Any]:
+    seconds = max(stage.seconds, 1e-9)
+    rates = {"documents": stage.num_documents / seconds, "megabytes": stage.num_bytes / 1e6 / seconds, "tokens": stage.num_tokens / seconds}
+    return {**asdict(stage), "per_second": {name: round(rate, 3) for name, rate in rates.items()}}
+
+
+def _examples(units: Path, num_units: int) -> Iterator[tuple[str, str, str]]:
+    for number in range(num_units):
+        path = units / f"{number:05d}" / DROPPED
+        if path.exists():
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    example = json.loads(line)
+                    yield example["reason"], example["document_id"], line
