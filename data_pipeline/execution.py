@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -136,7 +137,7 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
         # folder to everybody, so that stands one below.
         token = scratch / "token"
         token.touch(0o600)
-        token.write_text(secrets.token_hex(32))
+        token.write_text(_process_token())
         settings["RAY_AUTH_TOKEN_PATH"] = str(token)
         local = {
             "address": "local",
@@ -159,6 +160,12 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
             yield
         finally:
             ray.shutdown()
+
+
+@cache
+def _process_token() -> str:
+    """The secret of all Rays that this process starts, one after the other: Ray reads its client's only once."""
+    return secrets.token_hex(32)
 
 
 @contextmanager

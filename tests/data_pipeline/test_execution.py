@@ -1,6 +1,8 @@
 """Tasks whose workers die, whose code fails, whose user erred."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,17 @@ def test_errors_of_the_function_come_through(engine, two_workers):
             list(run(fail, ["disk"]))
         assert caught.value.errno == 28
         assert list(run(fail, ["defect"])) == [("defect", Failed("ZeroDivisionError: zero"))]
+
+
+def test_one_process_may_start_one_ray_after_the_other(tmp_path):
+    """In a process of its own: the other tests share a Ray that is there."""
+    program = (
+        "import sys, tempfile\n"
+        "from pathlib import Path\n"
+        "from data_pipeline.execution import open_ray\n"
+        "for number in (1, 2):\n"
+        "    with tempfile.TemporaryDirectory(prefix='ray', dir='/tmp') as scratch, open_ray(1, Path(scratch)) as run:\n"
+        "        print(list(run(lambda task: -task, [number])))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (0, "[(1, -1)]\n[(2, -2)]\n"), done.stderr
