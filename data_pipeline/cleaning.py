@@ -48,7 +48,7 @@ def identify_rules(sections: Sequence[RuleSection]) -> tuple[RuleIdentity, ...]:
     return tuple(identities)
 
 
-def bind_rules(sections: Sequence[RuleSection], source: str = "") -> list[tuple[str, Rule]]:
+def bind_rules(sections: Sequence[RuleSection], source: str) -> list[tuple[str, Rule]]:
     """The rules for a source's documents, ready to be applied, by name. Raises UserError as `identify_rules` does."""
     ours = [section for section in sections if section.sources is None or source in section.sources]
     return [(section.rule, partial(_find(section.rule)[0], **section.settings)) for section in ours]

@@ -123,8 +123,11 @@ def read_python(file: InputFile, path: Path, largest_bytes: int) -> Iterator[Doc
         reason = "bad_utf8" if error.encoding.startswith("utf") else "bad_encoding"
         yield reject(file, 0, error.start, reason, f"not {error.encoding}: {error.reason}", content[error.start :])
         return
-    except (SyntaxError, LookupError, UnicodeError) as error:
-        yield reject(file, 0, 0, "bad_encoding", str(error), content)
+    except (SyntaxError, LookupError, UnicodeError, ValueError) as error:
+        if b"coding" in b"".join(content.splitlines()[:2]):
+            yield reject(file, 0, 0, "bad_encoding", str(error), content)
+        else:  # nothing was declared: one of the first lines is not the UTF-8 that it should be
+            yield decode_text(file, 0, 0, content)
         return
     yield check_text(file, 0, 0, text)
 
@@ -410,9 +413,11 @@ def reject(
 
 
 def check_text(file: InputFile, position: int, offset: int | None, text: str) -> Document | Rejected:
-    """The document of a text that was decoded, unless it is empty."""
+    """The document of a text that was decoded, unless it is empty, or has half characters (utf-7 can spell them)."""
     if not text:
         return reject(file, position, offset, "empty", "a text without a character", b"")
+    if not is_unicode(text):
+        return reject(file, position, offset, "lone_surrogate", "half a character", text.encode("utf-8", "backslashreplace"))
     return Document(file.source, file.name, position, text)
 
 
@@ -432,7 +437,7 @@ def name_of(value: Any) -> str | None:
     """A document's name from its id field: text, or a whole number in digits; else None."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return value if isinstance(value, str) and _is_utf8(value) else None
+    return value if isinstance(value, str) and is_unicode(value) else None
 
 
 def kept_metadata(row: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
@@ -485,7 +490,8 @@ def _read_row(
     return Document(file.source, file.name, position, text, name, metadata)
 
 
-def _is_utf8(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half characters, which UTF-8 cannot hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

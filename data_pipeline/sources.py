@@ -64,6 +64,10 @@ class WorkUnit:
     index: int
     files: tuple[InputFile, ...]
 
+    def __str__(self) -> str:
+        names = [file.location for file in self.files]
+        return f"work unit {self.index}: {names[0]}" + (f" and {len(names) - 1} more, to {names[-1]}" if len(names) > 1 else "")
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -6,6 +6,7 @@ read; `dropped.jsonl` with a fair sample of what rules and deduplication decided
 
 import heapq
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -64,6 +65,19 @@ class Tally:
         dropped, quarantined = dict(sorted(self._dropped.items())), dict(sorted(self._quarantined.items()))
         read = self.kept + sum(dropped.values()) + sum(quarantined.values())
         return DocumentCounts(read=read, kept=self.kept, dropped=dropped, quarantined=quarantined)
+
+
+def prepend_examples(earlier: Path, folder: Path) -> None:
+    """Put what an earlier tally of the same unit wrote in front of what this one did. Raises OSError."""
+    for name in (QUARANTINE, DROPPED):
+        if (earlier / name).exists():
+            later = folder / name
+            with (folder / f"{name}.joined").open("wb") as joined:
+                for path in (earlier / name, later):
+                    if path.exists():
+                        with path.open("rb") as part:
+                            shutil.copyfileobj(part, joined)
+            (folder / f"{name}.joined").replace(later)
 
 
 def _show(dropped: Dropped) -> dict[str, Any]:

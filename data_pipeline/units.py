@@ -25,7 +25,7 @@ from data_pipeline.shards import DocumentSpan, ShardWriter, token_dtype, write_s
 from data_pipeline.sources import WorkUnit
 from data_pipeline.survey import RECORD as SURVEY_RECORD
 from data_pipeline.survey import SurveyRecord, SurveyTask, dump_metadata, in_batches, read_cleaned, read_surveyed
-from data_pipeline.tally import Tally
+from data_pipeline.tally import Tally, prepend_examples
 
 UNIT = "unit.json"
 BATCH_CHARACTERS = 1_000_000  # text that is encoded at once
@@ -137,6 +137,7 @@ def _fill(task: UnitTask, folder: Path) -> UnitRecord:
     if task.surveyed is not None:
         surveyed = SurveyRecord.model_validate_json((_survey_folder(task) / SURVEY_RECORD).read_bytes(), strict=True)
         documents, inputs = _join(surveyed.documents, documents), list(surveyed.inputs)
+        prepend_examples(_survey_folder(task), folder)
     return UnitRecord(
         fingerprint=task.fingerprint(),
         files=record_files(folder),

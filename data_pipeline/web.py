@@ -21,6 +21,7 @@ from data_pipeline.formats import (
     InputFile,
     check_text,
     decode_text,
+    is_unicode,
     keep_blocks,
     kept_metadata,
     name_of,
@@ -220,9 +221,11 @@ def _read_page(file: InputFile, number: int, record: WebRecord, largest_bytes: i
     extract_text, detect_encoding = load_extractor()
     try:
         html = content.decode(charset or detect_encoding(content, from_html_meta=True))
-    except (UnicodeDecodeError, LookupError):
+    except (ValueError, LookupError):  # a UnicodeError is a ValueError; so is a charset with a NUL in its name
         try:  # the server's word was wrong; the page's own, or what its bytes look like
             html = content.decode(detect_encoding(content, from_html_meta=True))
-        except (UnicodeDecodeError, LookupError) as error:
+        except (ValueError, LookupError) as error:
             return reject(file, number, record.offset, "bad_encoding", str(error), content)
+    if not is_unicode(html):
+        return reject(file, number, record.offset, "lone_surrogate", f"half a character, by the charset {charset}", content)
     return check_text(file, number, record.offset, extract_text(html, main_content=True))

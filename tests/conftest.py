@@ -63,7 +63,7 @@ def seed() -> int:
 def _run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """`run_on_ranks(function_path, world_size, arguments, timeout_seconds) -> result of each rank`; see below."""
 
-    def run(function_path: str, world_size: int, arguments: dict[str, Any] | None = None, timeout_seconds: float = 120) -> list[Any]:
+    def run(function_path: str, world_size: int, arguments: dict[str, Any] | None = None, timeout_seconds: float = 300) -> list[Any]:
         return run_on_ranks(function_path, world_size, arguments or {}, timeout_seconds, tmp_path_factory.mktemp("ranks"))
 
     return run

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from configs.errors import UserError
-from configs.schema import SourceSection, TokenizerSection
+from configs.schema import DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection, TokenizerSection
 from data_pipeline import build as conductor
 from data_pipeline.build import build_dataset
 from data_pipeline.execution import open_here
@@ -90,6 +90,27 @@ def test_counts_are_exact(tmp_path, data_for, build):
         if item["reason"] != "damaged_file":
             content = (folder / item["file"]).read_bytes()
             assert content[item["offset"] :].startswith(bytes.fromhex(item["first_bytes"]))
+
+
+def test_deduplication_loses_no_word_of_what_was_left_out(corpus, data_for, build):
+    """What the survey put into quarantine and what rules dropped is still there to read, beside the duplicates."""
+    (corpus / "bad.txt").write_bytes(b"\xff")
+    (corpus / "short.txt").write_bytes(b"short")
+    (corpus / "zz-copy.txt").write_bytes((corpus / "odd" / "text-01.txt").read_bytes())
+    (corpus / "zz-near.txt").write_bytes((corpus / "odd" / "text-03.txt").read_bytes() + b" one")
+    rules = (RuleSection(rule="length", settings={"min_characters": 10}),)
+    twice = DeduplicationSection(near=NearDuplicatesSection())
+    result = build(data_for(corpus, clean=rules, deduplicate=twice, quarantine_limit=1.0))
+    counts = result.manifest.documents
+    assert counts.dropped == {"exact_duplicate": 1, "near_duplicate": 1, "too_short": 1} and counts.quarantined == {"bad_utf8": 1}
+    assert (counts.read, counts.kept) == (28, 24) and len(stored_texts(result.folder)) == 24
+    named = [json.loads(line) for path in result.folder.rglob("quarantine.jsonl") for line in path.read_text().splitlines()]
+    assert [(one["file"], one["reason"]) for one in named] == [("bad.txt", "bad_utf8")]
+    for reason, file in (("exact_duplicate", "zz-copy"), ("near_duplicate", "zz-near"), ("too_short", "short")):
+        example = json.loads((result.folder / "dropped" / f"{reason}.jsonl").read_text())
+        assert (example["file"], example["reason"]) == (f"{file}.txt", reason)
+    assert result.report["sources"]["mine"]["dropped"] == counts.dropped
+    assert not (result.folder / "survey").exists() and not (result.folder / "duplicates").exists()
 
 
 def test_too_much_quarantine_stops_and_continues(corpus, data_for, build):

@@ -65,7 +65,7 @@ def test_a_long_text_is_cut_without_a_trace(encoder, seed, monkeypatch):
     whole, _ = encode(encoder, [text])
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 1000)
     for one in (encoder, Encoder(encoder.reference, None)):
-        pieces = cut_text(one, text)
+        pieces = list(cut_text(one, text))
         assert len(pieces) > 5 and max(map(len, pieces)) <= 1000 and "".join(pieces) == text
         ids, offsets = encode(one, ["short", text, ""])
         assert np.array_equal(ids[int(offsets[1]) : int(offsets[2])], whole)
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_merges_over_spaces_is_not_cut_there(monkeypatch):
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2, "a ": 3, "a b": 4}, [("a", " "), ("a ", "b")]))
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10)
     with pytest.raises(UncuttableError):
-        cut_text(Encoder(tokenizer, None), "a b" * 20)
+        list(cut_text(Encoder(tokenizer, None), "a b" * 20))
 
 
 @pytest.mark.parametrize("length", [10, 60_000])

@@ -165,3 +165,18 @@ def test_pages_give_their_text(tmp_path):
     ]  # fmt: skip
     assert isinstance(items[-1], Document) and items[-1].metadata["url"] == "https://host/12"
     assert all(isinstance(item, Document | Rejected) for item in items)
+
+
+@pytest.mark.parametrize(
+    ("charset", "body", "wanted"),
+    [
+        ("punycode", b"<p>plain \xe2\x82\xac</p>", "plain €"),
+        ("undefined", b"<p>plain</p>", "plain"),
+        ("a\0b", b"<p>plain</p>", "plain"),
+        ("utf-7", b"<p>half +2AA- </p>", ("lone_surrogate", 0)),
+    ],
+)
+def test_a_servers_odd_charset_fails_no_unit(tmp_path, charset, body, wanted):
+    pytest.importorskip("resiliparse")
+    (tmp_path / "a.warc").write_bytes(page(body, media=f"text/html; charset={charset}"))
+    assert outcome(read(tmp_path)) == [wanted]
