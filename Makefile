@@ -10,6 +10,8 @@ PYTHON ?= python3
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 DEMO_ARGS ?=
 TEST_ARGS ?=
+FAULTS_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 INSTALLED := $(VENV)/installed
@@ -20,18 +22,27 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 ifneq ($(shell test -x $(VENV)/bin/python && cat $(INSTALLED) 2>/dev/null),$(CURDIR))
 .PHONY: $(INSTALLED)
 endif
-.PHONY: help demo test install lint types clean
+.PHONY: help demo test faults cluster-tests bench install lint types clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## everything end to end on this machine, in minutes: text, shards, training, a kill, a resume
 	@$(VENV)/bin/pretrain demo $(DEMO_ARGS)
 
 test: $(INSTALLED) ## all tests
 	@$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+faults: $(INSTALLED) ## builds killed, cut, filled up and flipped in every way (a quarter of an hour; FAULTS_ARGS="--help" lists them)
+	@$(VENV)/bin/python -m tests.faults.data $(FAULTS_ARGS)
+
+cluster-tests: $(INSTALLED) ## a Ray cluster over two hosts that this machine plays (root and network namespaces; 2 minutes)
+	@$(VENV)/bin/python -m pytest -m cluster tests/faults $(TEST_ARGS)
+
+bench: $(INSTALLED) ## the data pipeline's speed and memory beside its peers (20 minutes; BENCH_ARGS=--quick: 2)
+	@$(VENV)/bin/python benchmarks/data.py $(BENCH_ARGS)
 
 install: $(INSTALLED) ## makes .venv, once for each change of pyproject.toml or constraints.txt
 

@@ -231,8 +231,9 @@ def measure_speed(documents: Sequence[str], peers: Sequence[Peer], folder: Path)
 def cluster(signed: Array, folder: Path) -> tuple[Array, Callable[[int, int], bool]]:
     """Each document's cluster by our stage, and whether two documents were found alike by themselves."""
     from configs.schema import NearDuplicatesSection
-    from data_pipeline.dedup import connected_components, count_matches, near_partition, needed_matches, write_survey
+    from data_pipeline.dedup import connected_components, count_matches, near_partition, needed_matches
     from data_pipeline.minhash import band_hashes
+    from data_pipeline.signature_files import write_survey
 
     settings = NearDuplicatesSection(similarity=SIMILARITY, num_permutations=PERMUTATIONS, num_bands=BANDS, shingle_words=SHINGLE_WORDS)
     with tempfile.TemporaryDirectory(dir=folder) as survey:
@@ -324,7 +325,8 @@ def watch_memory(stop: threading.Event, peak: list[int]) -> None:
 def stage(num_documents: int) -> None:
     """A process of its own: a synthetic survey of 40 units, and the whole stage over it; prints seconds and peak memory."""
     from configs.schema import DeduplicationSection, NearDuplicatesSection
-    from data_pipeline.dedup import find_duplicates, write_survey
+    from data_pipeline.dedup import find_duplicates
+    from data_pipeline.signature_files import write_survey
 
     near = NearDuplicatesSection(num_permutations=32, num_bands=16)
     rng = np.random.default_rng(1)

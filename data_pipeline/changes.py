@@ -15,7 +15,8 @@ from configs.durable import write_file
 from configs.errors import UserError
 from configs.schema import DataSection
 from data_pipeline.cleaning import RuleIdentity
-from data_pipeline.formats import InputFile, hash_input
+from data_pipeline.formats import hash_input
+from data_pipeline.input_file import InputFile
 from data_pipeline.manifest import SPLITS, InputRecord, Manifest
 from data_pipeline.sources import Plan
 from data_pipeline.tokenizer import tokenizer_hash

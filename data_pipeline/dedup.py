@@ -1,18 +1,11 @@
 """Which documents are there already: exact copies and near duplicates, over a whole corpus, file by file.
 
-In: for every work unit, in the sources' order, a survey of its documents (what `Survey` writes). Out: for every unit the
+In: for every work unit, in the sources' order, a survey of its documents (`signature_files.py`). Out: for every unit the
 documents to drop and why, and counts. A document's number is its place in that order, from 0; of those that are alike the
 lowest number stays. Nothing else matters: not how the documents are cut into units, nor how many tasks or machines there
 were, nor in which order they finished.
 
-A survey holds three arrays, made to be read in slices without reading the rest:
-
-    exact.npy       uint64 [3, documents]       upper and lower half of the content's hash, and the ordinal, in this order
-    bands.npy       uint64 [bands, 2, worded]   for each band, sorted: its hash and the ordinal; documents without words lack
-    signatures.npy  uint32 [documents, permutations]
-
-the latter two only where near duplicates are wanted. That is 24 + 16 * bands + 4 * permutations bytes a document: 792 as
-configured. The stage goes over them in steps, whose tasks run anywhere that sees the files and leave their results in files:
+The stage goes over the surveys in steps, whose tasks run anywhere that sees the files and leave their results in files:
 
 1. Many small surveys are merged into a few large ones, of DOCUMENTS_PER_TASK documents at most: otherwise every task would
    open every unit's files.
@@ -26,36 +19,41 @@ configured. The stage goes over them in steps, whose tasks run anywhere that see
 4. The pairs found make clusters, on the driver.
 
 Memory, a task: some 100 bytes for each of its DOCUMENTS_PER_TASK entries (or of the largest bucket, where that is larger:
-a bucket is never divided), and twice BLOCK_BYTES. The driver: 4 bytes a document (8 from 2^32 documents on) and a bit, some
+a bucket is never divided), and twice BLOCK_BYTES of signatures. The driver: 4 bytes a document (8 from 2^32 documents on) and a bit, some
 21 a dropped document, and one task's pairs: of 10^9 documents 4.1 GB, and 6.3 GB more if 3 of 10 are dropped.
 """
 
 import io
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from configs.durable import commit_folder, remove_folders, write_file
 from configs.schema import DeduplicationSection, NearDuplicatesSection
-from data_pipeline.minhash import Signatures, band_hashes, has_words, signatures
+from data_pipeline.minhash import Signatures
+from data_pipeline.signature_files import (
+    BANDS,
+    EXACT,
+    SIGNATURES,
+    Array,
+    Numbers,
+    first_numbers,
+    merge_surveys,
+    open_array,
+    read_signatures,
+    rows_at_once,
+    slice_of,
+)
 
-Array: TypeAlias = np.ndarray[Any, Any]
-Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-EXACT = "exact.npy"
-BANDS = "bands.npy"
-SIGNATURES = "signatures.npy"
 
 EXACT_DUPLICATE = 1
 NEAR_DUPLICATE = 2
@@ -66,14 +64,11 @@ REASONS = {EXACT_DUPLICATE: "exact_duplicate", NEAR_DUPLICATE: "near_duplicate"}
 DOCUMENTS_PER_TASK = 4_000_000
 MOST_SURVEYS = 64
 SURVEYS_PER_MERGE = 4096
-BLOCK_BYTES = 1 << 25
-OPENED_AT_ONCE = 16
 
 # These decide what is found.
 ALL_PAIRS = 64
 MOST_CENTRES = 64
 
-HASH_RANGE = 1 << 64
 LOSERS = "exact_losers.npy"
 ORDINALS, REASON_CODES, UNIT_BOUNDS = "ordinals.npy", "reasons.npy", "units.npy"
 
@@ -184,100 +179,6 @@ class NearTask:
         return f"near duplicates, band {self.band + 1}, part {self.partition + 1} of {self.num_partitions}"
 
 
-def content_hash(text: str) -> bytes:
-    """128 bits of BLAKE2b over the text's UTF-8.
-
-    Two of 10^12 texts agree by chance with a probability of 10^-15; unlike faster hashes, nobody who writes web pages can
-    make two agree, and thus have another's page dropped. At some 1 GB/s it is a twentieth of the time of a signature.
-    """
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-class Survey:
-    """Gathers what is to be known of a unit's documents, batch by batch: 16 + 4 * permutations bytes of memory for each."""
-
-    def __init__(self, settings: DeduplicationSection) -> None:
-        self._near = settings.near
-        self._hashes: list[Array] = []
-        self._signatures: list[Signatures] = []
-
-    def add(self, texts: Sequence[str]) -> None:
-        """Note the next documents, by their text after cleaning."""
-        self._hashes.append(np.frombuffer(b"".join(map(content_hash, texts)), dtype="<u8").reshape(-1, 2))
-        if self._near is not None:
-            self._signatures.append(signatures(texts, self._near))
-
-    def write(self, folder: Path) -> None:
-        """Write the survey's files into a folder that is there. Raises OSError; to make them durable is the caller's part."""
-        hashes = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *self._hashes])
-        if self._near is None:
-            write_survey(folder, hashes)
-        else:
-            write_survey(folder, hashes, self._signatures, self._near)
-
-
-def write_survey(
-    folder: Path, hashes: Array, signature_blocks: Sequence[Signatures] = (), settings: NearDuplicatesSection | None = None
-) -> None:
-    """Write a survey into a folder that is there, from the content hashes, uint64 [documents, 2], upper half first.
-
-    With `settings` also from the signatures, uint32 [.., num_permutations], whose blocks together have as many rows.
-    Raises OSError, and ValueError where the rows differ in number.
-    """
-    ordinals = np.arange(len(hashes), dtype=np.uint64)
-    _write_rows(folder / EXACT, np.uint64, (3, len(hashes)), [_sort_exact(hashes[:, 0], hashes[:, 1], ordinals)])
-    if settings is None:
-        return
-    if sum(map(len, signature_blocks)) != len(hashes):
-        raise ValueError(f"{sum(map(len, signature_blocks))} signatures for {len(hashes)} documents")
-    _write_rows(folder / SIGNATURES, np.uint32, (len(hashes), settings.num_permutations), signature_blocks)
-    worded = np.concatenate([np.zeros(0, dtype=np.bool_), *(has_words(block) for block in signature_blocks)])
-    found = [band_hashes(block, settings.num_bands) for block in signature_blocks]
-    bands = np.concatenate([np.zeros((0, settings.num_bands), dtype=np.uint64), *found])[worded]
-    rows = (_sort_band(bands[:, band], ordinals[worded]) for band in range(settings.num_bands))
-    _write_rows(folder / BANDS, np.uint64, (settings.num_bands, 2, len(bands)), rows)
-
-
-def merge_surveys(folders: Sequence[Path], target: Path) -> None:
-    """Write into the folder `target`, which is there, the survey of all documents of these surveys, in this order.
-
-    Memory: some 100 bytes a document, and BLOCK_BYTES. Raises OSError.
-    """
-    firsts = first_numbers(folders)
-    exact = [_read(folder / EXACT) for folder in folders]
-    high, low = (np.concatenate([part[row] for part in exact]) for row in (0, 1))
-    ordinals = np.concatenate([part[2] + np.uint64(first) for part, first in zip(exact, firsts[:-1], strict=True)])
-    _write_rows(target / EXACT, np.uint64, (3, len(high)), [_sort_exact(high, low, ordinals)])
-    del exact, high, low, ordinals
-    if not (folders[0] / BANDS).exists():
-        return
-    bands = [_read(folder / BANDS) for folder in folders]
-
-    def merge_bands() -> Iterator[Array]:
-        for band in range(bands[0].shape[0]):
-            hashes = np.concatenate([part[band, 0] for part in bands])
-            yield _sort_band(
-                hashes, np.concatenate([part[band, 1] + np.uint64(first) for part, first in zip(bands, firsts[:-1], strict=True)])
-            )
-
-    _write_rows(target / BANDS, np.uint64, (bands[0].shape[0], 2, sum(part.shape[2] for part in bands)), merge_bands())
-
-    def read_signatures() -> Iterator[Array]:
-        for folder in folders:
-            part = _read(folder / SIGNATURES)
-            rows = _rows_of_a_block(part.shape[1])
-            yield from (part[first : first + rows] for first in range(0, len(part), rows))
-
-    _write_rows(target / SIGNATURES, np.uint32, (int(firsts[-1]), _read(folders[0] / SIGNATURES).shape[1]), read_signatures())
-
-
-def first_numbers(folders: Sequence[Path]) -> Numbers:
-    """The number of each survey's first document, and behind them that of all: int64 [surveys + 1]. Raises OSError."""
-    with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:  # over a network each file is a wait, and there are many
-        counts = list(threads.map(_count_documents, folders))
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-
-
 def exact_partition(folders: Sequence[Path], partition: int, num_partitions: int) -> Losers:
     """The exact duplicates among the documents whose hash is in one of `num_partitions` equal parts of the hashes' range.
 
@@ -285,8 +186,8 @@ def exact_partition(folders: Sequence[Path], partition: int, num_partitions: int
     """
     parts: list[Array] = []
     for folder, first in zip(folders, first_numbers(folders)[:-1], strict=True):
-        survey = _read(folder / EXACT)
-        part = np.array(survey[:, _slice_of(survey[0], partition, num_partitions)])
+        survey = open_array(folder / EXACT)
+        part = np.array(survey[:, slice_of(survey[0], partition, num_partitions)])
         part[2] += np.uint64(first)
         parts.append(part)
     high, low, documents = np.concatenate([np.zeros((3, 0), dtype=np.uint64), *parts], axis=1)
@@ -318,8 +219,8 @@ def near_partition(
     firsts = first_numbers(folders)
     parts: list[Array] = []
     for folder, first in zip(folders, firsts[:-1], strict=True):
-        survey = _read(folder / BANDS)[band]
-        part = np.array(survey[:, _slice_of(survey[0], partition, num_partitions)])
+        survey = open_array(folder / BANDS)[band]
+        part = np.array(survey[:, slice_of(survey[0], partition, num_partitions)])
         part[1] += np.uint64(first)
         parts.append(part)
     hashes, documents = np.concatenate([np.zeros((2, 0), dtype=np.uint64), *parts], axis=1)
@@ -334,8 +235,8 @@ def near_partition(
     sizes = np.diff(starts, append=len(hashes))
     del hashes, order
 
-    surveys = [_read(folder / SIGNATURES) for folder in folders]
-    read = partial(_read_signatures, surveys, firsts)
+    surveys = [open_array(folder / SIGNATURES) for folder in folders]
+    read = partial(read_signatures, surveys, firsts)
     needed = needed_matches(settings)
     found: list[Numbers] = [np.zeros((0, 2), dtype=np.int64)]
     num_compared = num_alike = 0
@@ -465,7 +366,7 @@ def find_duplicates(folders: Sequence[Path], settings: DeduplicationSection, wor
         num_compared=num_compared,
         num_refused=num_refused,
     )
-    ordinals, reasons, bounds = _read(work / ORDINALS), _read(work / REASON_CODES), np.load(work / UNIT_BOUNDS)
+    ordinals, reasons, bounds = open_array(work / ORDINALS), open_array(work / REASON_CODES), np.load(work / UNIT_BOUNDS)
     units = [UnitDuplicates(ordinals[first:end], reasons[first:end]) for first, end in pairwise(bounds)]
     if surveys != tuple(folders):
         remove_folders(list(surveys))
@@ -474,8 +375,8 @@ def find_duplicates(folders: Sequence[Path], settings: DeduplicationSection, wor
 
 def load_duplicates(work: Path, unit: int) -> UnitDuplicates:
     """What is dropped of the unit at this place of `find_duplicates`' folders, as it left it in `work`. Raises OSError."""
-    first, end = (int(bound) for bound in _read(work / UNIT_BOUNDS)[unit : unit + 2])
-    return UnitDuplicates(np.array(_read(work / ORDINALS)[first:end]), np.array(_read(work / REASON_CODES)[first:end]))
+    first, end = (int(bound) for bound in open_array(work / UNIT_BOUNDS)[unit : unit + 2])
+    return UnitDuplicates(np.array(open_array(work / ORDINALS)[first:end]), np.array(open_array(work / REASON_CODES)[first:end]))
 
 
 def run_merge(task: MergeTask) -> None:
@@ -502,7 +403,7 @@ def run_exact(task: ExactTask) -> tuple[int, int]:
 
 def run_near(task: NearTask) -> tuple[int, int]:
     """Write a task's pairs (int64 [pairs, 2]) to its target; gives how many pairs were compared, and how many refused."""
-    losers = _read(task.losers) if task.losers else None
+    losers = open_array(task.losers) if task.losers else None
     edges = near_partition(task.folders, task.band, task.partition, task.num_partitions, losers, task.settings)
     _save(task.target, edges.pairs)
     return edges.num_compared, edges.num_refused
@@ -597,51 +498,13 @@ def _shorten(pairs: Numbers) -> Numbers:
     return np.stack([documents[lowest[others]], documents[others]], axis=1)
 
 
-def _read_signatures(surveys: Sequence[Array], firsts: Numbers, documents: Numbers) -> Signatures:
-    """The documents' signatures, wherever they lie: uint32 [documents, permutations]."""
-    result = np.empty((len(documents), surveys[0].shape[1]), dtype=np.uint32)
-    homes = np.searchsorted(firsts, documents, side="right") - 1
-    for home in np.unique(homes):
-        here = homes == home
-        result[here] = surveys[home][documents[here] - firsts[home]]
-    return result
-
-
-def _slice_of(hashes: Array, partition: int, num_partitions: int) -> slice:
-    """Where a part of the hashes' range lies in the sorted hashes."""
-    first, end = (-(-HASH_RANGE * part // num_partitions) for part in (partition, partition + 1))
-    return slice(
-        int(np.searchsorted(hashes, np.uint64(first))),
-        len(hashes) if end == HASH_RANGE else int(np.searchsorted(hashes, np.uint64(end))),
-    )
-
-
-def _sort_exact(high: Array, low: Array, ordinals: Array) -> Array:
-    order = np.lexsort((low, high))
-    return np.stack([high[order], low[order], ordinals[order]])
-
-
-def _sort_band(hashes: Array, ordinals: Array) -> Array:
-    order = np.argsort(hashes, kind="stable")  # which merges runs that are sorted already, instead of sorting them again
-    return np.stack([hashes[order], ordinals[order]])
-
-
 def _differs(values: Array) -> Array:
     """Which values differ from the one before them (the first does)."""
     return np.concatenate([np.ones(min(1, len(values)), dtype=np.bool_), values[1:] != values[:-1]])
 
 
 def _rows_of_a_block(num_permutations: int) -> int:
-    return max(ALL_PAIRS, BLOCK_BYTES // (4 * num_permutations))
-
-
-def _count_documents(folder: Path) -> int:
-    return int(_read(folder / EXACT).shape[1])
-
-
-def _read(path: Path) -> Array:
-    """An array of a file, of which only what is looked at is read."""
-    return np.load(path, mmap_mode="r")
+    return max(ALL_PAIRS, rows_at_once(num_permutations))
 
 
 def _save(path: Path, array: Array) -> None:
@@ -649,13 +512,3 @@ def _save(path: Path, array: Array) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_file(path, buffer.getvalue())
-
-
-def _write_rows(path: Path, dtype: type[np.generic], shape: tuple[int, ...], blocks: Iterable[Array]) -> None:
-    """Write an array of a known shape, block by block, as `numpy.save` would write the whole."""
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        )
-        for block in blocks:
-            file.write(np.ascontiguousarray(block, dtype=dtype).data)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import UserError
-from data_pipeline.formats import InputFile
+from data_pipeline.input_file import InputFile
 
 UNPACKED = 3  # bytes of text in a byte of a compressed file: seldom fewer
 TOKENS_BYTES = 0.35  # of shards for each byte of text: seldom fewer

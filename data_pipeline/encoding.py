@@ -18,7 +18,10 @@ from tokenizers import Tokenizer
 from configs.errors import UserError
 from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
-PIECE_CHARACTERS = 1_000_000  # tokenizers takes some 50 bytes of memory for each byte of what it encodes at once
+# What is encoded at once. tokenizers takes some 50 bytes of memory for each byte of it, fastokens about 5.
+PIECE_CHARACTERS = 1_000_000
+FAST_PIECE_CHARACTERS = 32_000_000
+LONGEST_PIECES = 10  # so many times as long may a piece be where there is no place to cut
 WINDOW_CHARACTERS = 200  # around a cut, encoded whole and in two parts to see that the cut changes nothing
 CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W\d_])")  # between a letter or digit and a space or new line before a letter
 CUT_TRIALS = 100
@@ -65,10 +68,9 @@ def open_encoder(path: Path, sha256: str, end_of_text: str, engine: Literal["aut
 def encode(encoder: Encoder, texts: Sequence[str]) -> tuple[Ids, Offsets]:
     """Ids of all texts, one behind the other, and len(texts) + 1 places where each starts and the last ends.
 
-    A special token's spelling is ordinary text. A text above `PIECE_CHARACTERS` is cut where that changes no id. Raises
-    UncuttableError.
+    A special token's spelling is ordinary text. A long text is cut where that changes no id. Raises UncuttableError.
     """
-    if encoder.fast is not None and all(len(text) <= PIECE_CHARACTERS for text in texts):
+    if encoder.fast is not None and all(len(text) <= FAST_PIECE_CHARACTERS for text in texts):
         ids, offsets = encoder.fast.encode_batch_flat(list(texts), False, True)
         return np.frombuffer(ids, dtype="<u4"), np.frombuffer(offsets, dtype="<u8")
     encoded = [np.concatenate([_encode_piece(encoder, piece) for piece in cut_text(encoder, text)]) for text in texts]
@@ -88,27 +90,35 @@ def check_ids(encoder: Encoder, text: str, ids: Ids) -> bool:
 
 
 def cut_text(encoder: Encoder, text: str) -> Iterator[str]:
-    """A text in pieces of at most `PIECE_CHARACTERS` whose ids, laid end to end, are those of the text.
+    """A text in pieces whose ids, laid end to end, are those of the text: of PIECE_CHARACTERS (with fastokens
+    FAST_PIECE_CHARACTERS) at most, or as much longer as it takes to find a place to cut.
 
     The places are those of `CUT`, where every pre-tokenizer in use starts anew; that it does is tried out on
-    `WINDOW_CHARACTERS` around each. Raises UncuttableError.
+    `WINDOW_CHARACTERS` around each. Raises UncuttableError where a piece would be LONGEST_PIECES times as long.
     """
+    size = PIECE_CHARACTERS if encoder.fast is None else FAST_PIECE_CHARACTERS
     start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        end = _find_cut(encoder, text, start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS)
+    while len(text) - start > size:
+        end = None
+        for first in range(start + size // 2, min(start + LONGEST_PIECES * size, len(text)), size // 2):
+            if (end := _find_cut(encoder, text, first, min(first + size // 2, len(text)))) is not None:
+                break
+        if end is None and len(text) - start > LONGEST_PIECES * size:
+            raise UncuttableError(f"no place to cut in {LONGEST_PIECES * size} characters behind character {start}")
         yield text[start:end]
-        start = end
-    yield text[start:]
+        start = len(text) if end is None else end
+    if start < len(text) or not text:
+        yield text[start:]
 
 
-def _find_cut(encoder: Encoder, text: str, low: int, high: int) -> int:
+def _find_cut(encoder: Encoder, text: str, low: int, high: int) -> int | None:
     places = [low + match.start() for match in CUT.finditer(text[low : high + 2])]
     for cut in reversed(places[-CUT_TRIALS:]):
         before, behind = text[cut - WINDOW_CHARACTERS : cut], text[cut : cut + WINDOW_CHARACTERS]
         parts = [*_encode_piece(encoder, before), *_encode_piece(encoder, behind)]
         if parts == _encode_piece(encoder, before + behind).tolist():
             return cut
-    raise UncuttableError(f"no place to cut between characters {low} and {high}")
+    return None
 
 
 def _encode_piece(encoder: Encoder, text: str) -> Ids:

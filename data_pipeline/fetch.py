@@ -1,21 +1,18 @@
-"""What does not lie on this machine: files behind an fsspec URL, and data sets of the Hugging Face hub.
+"""What does not lie on this machine: files behind an fsspec URL.
 
-In: a source whose path is a URL, or an `InputFile` of one. Out: the list of its files as they are now, a local copy of one
-for as long as it is read (of a part, only its bytes), or the rows of a data set as they stream in. A local file is its own
-copy, and is checked not to change meanwhile. Credentials come from the environment and are written nowhere.
+In: a source whose path is a URL, or an `InputFile` of one. Out: the list of its files as they are now, or a local copy of one
+for as long as it is read (of a part, only its bytes). A local file is its own copy, and is checked not to change meanwhile.
+Credentials come from the environment and are written nowhere.
 """
 
-import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
@@ -27,8 +24,8 @@ import pyarrow.parquet
 
 from configs.errors import UserError
 from configs.schema import SourceSection
-from data_pipeline.documents import Document, Rejected
-from data_pipeline.formats import InputFile, find_line_start, index_path, read_mapping, reading_from
+from data_pipeline.input_file import InputFile, index_path
+from data_pipeline.json_lines import find_line_start, reading_from
 
 T = TypeVar("T")
 
@@ -53,7 +50,6 @@ PACKAGES = {
     "az": "adlfs",
 }
 VERSION_SEPARATOR = "|"  # between the versions of a megatron pair
-HUB_POSITIONS = 2**32  # rows that a shard of a hub data set may have: its first row stands at shard x this
 
 
 class RemoteFile(NamedTuple):
@@ -221,64 +217,6 @@ def connect_to(file: InputFile) -> tuple[Any, str]:
     """The filesystem and the path within it of a remote file. Raises UserError when its transport is not installed."""
     settings = {} if ":" in file.kind else {key: json.loads(value) for key, value in file.settings}
     return _connect(file.location, settings, file.source)
-
-
-def open_hub(source: str, path: str, settings: Mapping[str, Any]) -> tuple[Any, str, int, str]:
-    """A hub data set as an iterable one: itself, its split's name, its size in bytes (0: unknown) and its version.
-
-    `path` may also be one of the library's own formats (json, parquet) with `data_files`. Raises UserError when it
-    cannot be found or reached.
-    """
-    import datasets
-
-    arguments = dict(settings)
-    split = str(arguments.pop("split", "train"))
-    try:
-        builder = datasets.load_dataset_builder(path, **arguments)
-        dataset = builder.as_streaming_dataset(split=split)
-        origins: Any = [getattr(one, "origin_metadata", None) for one in dict(builder.config.data_files or {}).values()]
-    except Exception as error:  # the library lets through what each of its transports raises
-        raise UserError(
-            f"data source {source!r}: the hub data set {path!r} with {dict(settings) or 'no settings'} cannot be opened "
-            f"({type(error).__name__}: {str(error)[:300]}); check its name, its settings (name, split, revision), the network, and "
-            "HF_TOKEN and HF_HUB_OFFLINE in the environment."
-        ) from None
-    known = (builder.info.splits or {}).get(split)
-    size = int(known.num_bytes or 0) if known is not None else 0
-    version = hashlib.sha256(json.dumps([builder.hash, origins], default=str).encode()).hexdigest()[:24]
-    return dataset, split, size, version
-
-
-def read_hub(file: InputFile, largest_bytes: int) -> Iterator[Document | Rejected]:
-    """Every row of a hub data set, or of its shard `part` = (shard, of how many), as it streams in.
-
-    A document's position is shard x 2**32 + row. Raises UserError when the data set is not the one that was planned with;
-    OSError when it cannot be read to its end.
-    """
-    whole = replace(file, part=None, part_bytes=file.num_bytes)
-    is_repository = "/" in file.root and not Path(file.root).exists()
-    # What was opened from a repository stays at the revision found then, and the hub is not asked again for each part.
-    dataset = _open_as_planned(whole) if is_repository else _open_as_planned.__wrapped__(whole)
-    shard, num_shards = file.part or (0, 1)
-    rows = iter(dataset.shard(num_shards=num_shards, index=shard) if num_shards > 1 else dataset)
-    number = 0
-    while True:
-        try:
-            row = next(rows, None)
-        except Exception as error:  # as above
-            raise OSError(f"{file.root}, shard {shard} of {num_shards}, row {number}: {type(error).__name__}: {error}") from error
-        if row is None:
-            return
-        yield read_mapping(file, shard * HUB_POSITIONS + number, row, largest_bytes)
-        number += 1
-
-
-@lru_cache(maxsize=4)
-def _open_as_planned(file: InputFile) -> Any:
-    dataset, _, _, version = open_hub(file.source, file.root, {key: json.loads(value) for key, value in file.settings})
-    if version != file.version:
-        raise UserError(f"{file.root} was changed while the build read it; start again, best with a `revision` in the source's settings.")
-    return dataset
 
 
 def _connect(url: str, settings: Mapping[str, Any], source: str) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.schema import DataSection
 from data_pipeline.cleaning import RuleIdentity
-from data_pipeline.formats import InputFile
+from data_pipeline.input_file import InputFile
 from data_pipeline.manifest import FORMAT_VERSION
 
 # What a library gives may change with its version; a dataset names the versions that made it.

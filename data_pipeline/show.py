@@ -1,13 +1,12 @@
-"""What a built dataset holds: its counts, real documents with their tokens, and how two datasets differ.
+"""What a built dataset holds: its counts, and real documents with their tokens.
 
-In: a dataset's folder (two, to compare). Out: plain values, ready for JSON; `pretrain/build.py` lays them out for people.
-Nothing is written. No more is read than is shown: the manifest, single documents, and to compare, the sidecars that differ.
+In: a dataset's folder. Out: plain values, ready for JSON; `pretrain/data_view.py` lays them out for people. Nothing is
+written. No more is read than is shown: the manifest, and single documents.
 """
 
 import json
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,9 +25,8 @@ from data_pipeline.tokenizer import load_tokenizer
 EXAMPLES = 3  # of a dataset: so many documents, but one at least of each of the first sources
 EXAMPLE_SOURCES = 8
 EXAMPLE_TOKENS = 80
-ID_BYTES, ID_DIGITS = 12, 24  # of a document's id, in memory and as it is written
+ID_DIGITS = 24  # of a document's id as it is written
 BATCH_ROWS = 1 << 16
-HELD_OUT_BIT, TOKENS_SHIFT, BYTES_MASK = 63, 32, 0xFFFFFFFF  # of the word that `_read_words` makes of a document
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,6 @@ class ShownDocument:
     """The end of the text."""
 
 
-# --- one dataset --------------------------------------------------------------------------------------------
-
-
 def show_dataset(folder: Path) -> dict[str, Any]:
     """A dataset's counts, mixture, rules, libraries and some documents' starts. Raises UserError when it is missing or damaged."""
     manifest = load_manifest(folder)
@@ -70,11 +65,11 @@ def show_dataset(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "sha256": sha256_of_file(folder / MANIFEST),
         "format_version": manifest.format_version,
-        "tokenizer": _tokenizer_facts(manifest),
+        "tokenizer": tokenizer_facts(manifest),
         "documents": manifest.documents.model_dump(),
         "sources": describe_sources(manifest),
         "mixture": {name: round(counts.num_tokens / max(1, train), 6) for name, counts in by_source["train"].items()},
-        "inputs": {"num_files": len(_files(manifest)), "num_bytes": sum(record.bytes for record in manifest.inputs)},
+        "inputs": {"num_files": len(input_parts(manifest)), "num_bytes": sum(record.bytes for record in manifest.inputs)},
         "total": _summary(manifest.total("train") + manifest.total("held_out")),
         "splits": {
             split: {
@@ -213,7 +208,8 @@ def _summary(counts: Counts) -> dict[str, Any]:
     return {**counts.model_dump(), "bytes_per_token": ratio}
 
 
-def _tokenizer_facts(manifest: Manifest) -> dict[str, Any]:
+def tokenizer_facts(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest says of the tokenizer."""
     return {
         "sha256": manifest.tokenizer_sha256,
         "vocabulary_size": manifest.vocabulary_size,
@@ -223,7 +219,7 @@ def _tokenizer_facts(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _files(manifest: Manifest) -> dict[str, list[tuple[int, str]]]:
+def input_parts(manifest: Manifest) -> dict[str, list[tuple[int, str]]]:
     """Every file that was read, by `source:file`, with size and SHA-256 of each of its parts."""
     files: dict[str, list[tuple[int, str]]] = {}
     for record in manifest.inputs:
@@ -256,99 +252,7 @@ def _bytes_of_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(rest)}
 
 
-# --- two datasets -------------------------------------------------------------------------------------------
-
-
-def compare_datasets(first: Path, second: Path) -> dict[str, Any]:
-    """In what two datasets differ, by what their manifests and sidecars say; token ids are not read. Pairs are [first, second].
-
-    Memory: for each document in shards that differ 20 bytes, and 48 while those of its dataset are sorted. Raises UserError
-    when one is missing or damaged.
-    """
-    one, other = load_manifest(first), load_manifest(second)
-    hashes = [sha256_of_file(folder / MANIFEST) for folder in (first, second)]
-    equal = (first / MANIFEST).read_bytes() == (second / MANIFEST).read_bytes()
-    shards = _compare_shards(one, other)
-    return {
-        "equal": equal,
-        "folders": [str(first), str(second)],
-        "sha256": hashes,
-        "configuration": _differing_keys(_without_rules(one), _without_rules(other)),
-        "rules": _compare_rules(one.rules, other.rules),
-        "libraries": _differing(one.libraries, other.libraries),
-        "tokenizer": _differing(_tokenizer_facts(one), _tokenizer_facts(other)),
-        "inputs": _compare_inputs(_files(one), _files(other)),
-        "sources": _pair(describe_sources(one), describe_sources(other)),
-        "dropped": _differing(one.documents.dropped, other.documents.dropped),
-        "quarantined": _differing(one.documents.quarantined, other.documents.quarantined),
-        "shards": {key: len(records) for key, records in shards.items()},
-        "documents": _compare_documents(first, second, shards),
-    }
-
-
-SplitRecord = tuple[Split, ShardRecord]
-
-
-def _compare_shards(one: Manifest, other: Manifest) -> dict[str, list[SplitRecord]]:
-    """Shards whose files all have equal hashes, whatever they are called, and those of either that have no equal."""
-    left, right = _by_hashes(one), _by_hashes(other)
-    return {
-        "equal": [record for key, record in left.items() if key in right],
-        "only_in_a": [record for key, record in left.items() if key not in right],
-        "only_in_b": [record for key, record in right.items() if key not in left],
-    }
-
-
-def _by_hashes(manifest: Manifest) -> dict[tuple[str, ...], SplitRecord]:
-    shards: list[SplitRecord] = [(split, record) for split in SPLITS for record in manifest.shards(split)]
-    return {(split, *(record.files[name].sha256 for name in sorted(record.files))): (split, record) for split, record in shards}
-
-
-def _compare_documents(first: Path, second: Path, shards: dict[str, list[SplitRecord]]) -> dict[str, int]:
-    """Documents by id. What stands in equal shards is in both, and alike: an id is only once in a dataset."""
-    alike = sum(record.num_documents for _, record in shards["equal"])
-    ids_a, words_a = _read_words(first, shards["only_in_a"])
-    ids_b, words_b = _read_words(second, shards["only_in_b"])
-    in_both = other_tokens = other_split = 0
-    for start in range(0, ids_a.size if ids_b.size else 0, BATCH_ROWS):
-        ids, words = ids_a[start : start + BATCH_ROWS], words_a[start : start + BATCH_ROWS]
-        places = np.minimum(np.searchsorted(ids_b, ids), ids_b.size - 1)
-        found = ids_b[places] == ids
-        differing = (words ^ words_b[places])[found]
-        in_both += int(found.sum())
-        other_split += int((differing >> np.uint64(HELD_OUT_BIT)).sum())
-        other_tokens += int(((differing & np.uint64((1 << HELD_OUT_BIT) - 1)) != 0).sum())
-    return {
-        "in_both": alike + in_both,
-        "only_in_a": int(ids_a.size) - in_both,
-        "only_in_b": int(ids_b.size) - in_both,
-        "with_other_num_tokens_or_num_bytes": other_tokens,
-        "in_other_split": other_split,
-    }
-
-
-def _read_words(folder: Path, shards: Sequence[SplitRecord]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, np.dtype[np.uint64]]]:
-    """Ids of all documents in these shards, sorted, and for each a word of its split, tokens (31 bits) and bytes (32 bits)."""
-    total = sum(record.num_documents for _, record in shards)
-    ids, words = np.empty(total, dtype=f"S{ID_BYTES}"), np.empty(total, dtype=np.uint64)
-    filled = 0
-    for split, record in shards:
-        held_out = np.uint64(split == "held_out") << np.uint64(HELD_OUT_BIT)
-        for identities, num_tokens, num_bytes in _read_columns(folder / record.name, ["document_id", "num_tokens", "num_bytes"]):
-            part = slice(filled, filled + len(identities))
-            filled = part.stop
-            if filled > total:
-                break
-            ids[part] = np.frombuffer(bytes.fromhex("".join(identities.to_pylist())), dtype=ids.dtype)
-            tokens, size = (column.to_numpy(zero_copy_only=False).astype(np.uint64) for column in (num_tokens, num_bytes))
-            words[part] = held_out | (tokens << np.uint64(TOKENS_SHIFT)) | (size & np.uint64(BYTES_MASK))
-    if filled != total:
-        raise UserError(f"{folder}: its sidecars have other numbers of documents than its manifest; see `pretrain data verify`.")
-    order = np.argsort(ids)
-    return ids[order], words[order]
-
-
-def _read_columns(prefix: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+def read_columns(prefix: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
     """Some columns of a sidecar, a batch of rows at a time. Raises UserError when it is missing or damaged."""
     import pyarrow
     import pyarrow.parquet
@@ -366,65 +270,8 @@ def _find_row(prefix: Path, document_id: str) -> int | None:
     import pyarrow.compute
 
     first = 0
-    for (identities,) in _read_columns(prefix, ["document_id"]):
+    for (identities,) in read_columns(prefix, ["document_id"]):
         if (place := pyarrow.compute.index(identities, document_id).as_py()) >= 0:
             return first + place
         first += len(identities)
     return None
-
-
-def _compare_inputs(one: dict[str, list[tuple[int, str]]], other: dict[str, list[tuple[int, str]]]) -> dict[str, Any]:
-    """Files by `source:file`. Where a file was cut into other parts, only its size can be compared."""
-    both = sorted(one.keys() & other.keys())
-    sizes = {key: (sum(size for size, _ in one[key]), sum(size for size, _ in other[key])) for key in both}
-    cuts = {key for key in both if [size for size, _ in one[key]] != [size for size, _ in other[key]] and sizes[key][0] == sizes[key][1]}
-    changed = [key for key in both if one[key] != other[key] and key not in cuts]
-    return {
-        "num_equal": len(both) - len(changed) - len(cuts),
-        "only_in_a": sorted(one.keys() - other.keys()),
-        "only_in_b": sorted(other.keys() - one.keys()),
-        "changed": changed,
-        "of_equal_size_in_other_parts": sorted(cuts),
-    }
-
-
-def _compare_rules(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rules with all that identifies them: settings, files that they read, a user's own source."""
-    left, right = ([json.dumps(rule, sort_keys=True) for rule in rules] for rules in (one, other))
-    return {
-        "only_in_a": [json.loads(rule) for rule in (Counter(left) - Counter(right)).elements()],
-        "only_in_b": [json.loads(rule) for rule in (Counter(right) - Counter(left)).elements()],
-        "in_other_order": left != right and Counter(left) == Counter(right),
-    }
-
-
-def _without_rules(manifest: Manifest) -> dict[str, Any]:
-    return {key: value for key, value in manifest.configuration.items() if key != "clean"}
-
-
-def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
-    """Dotted keys; sources by their names, so that one in front of them does not rename the rest."""
-    pairs: dict[str, list[Any]] = {}
-    for key, (left, right) in _pair(one, other).items():
-        names, other_names = _by_name(left), _by_name(right)
-        if isinstance(names, dict) and isinstance(other_names, dict):
-            pairs |= _differing_keys(names, other_names, f"{prefix}{key}.")
-            if isinstance(left, list) and sorted(names) == sorted(other_names) and list(names) != list(other_names):
-                pairs[f"{prefix}{key}"] = [list(names), list(other_names)]
-        elif left != right:
-            pairs[f"{prefix}{key}"] = [left, right]
-    return pairs
-
-
-def _by_name(value: Any) -> Any:
-    named = isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value)
-    return {item["name"]: item for item in value} if named else value
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Pairs of values that are not equal; None where a key is missing."""
-    return {key: pair for key, pair in _pair(one, other).items() if pair[0] != pair[1]}
-
-
-def _pair(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {key: [one.get(key), other.get(key)] for key in (*one, *(key for key in other if key not in one))}

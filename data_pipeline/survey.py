@@ -1,7 +1,8 @@
 """Before deduplication: what each unit holds after cleaning, and the signatures by which documents are compared.
 
 In: a unit's sources. Out: `<root>/survey/00000` with the cleaned texts (`texts.arrow`), what was left out, and the files of
-`dedup.py`. The tokens are made from these texts, so that no rule runs twice; the folder goes when the dataset is finished.
+`signature_files.py`. The tokens are made from these texts, so that no rule runs twice; the folder goes when the dataset is
+finished.
 """
 
 import json
@@ -14,15 +15,15 @@ from typing import Any, TypeVar
 import pyarrow
 import pyarrow.ipc
 
-from data_pipeline import dedup
 from data_pipeline.cleaning import apply_rules, bind_rules
 from data_pipeline.committed import CommittedRecord, load_folder, make_folder, process_peak_bytes, record_files
 from data_pipeline.disk import explain_file_errors
 from data_pipeline.documents import Document, Dropped, Rejected, TokenDocument
-from data_pipeline.formats import InputFile
+from data_pipeline.input_file import InputFile
 from data_pipeline.manifest import DocumentCounts, InputRecord
 from data_pipeline.minhash import signature_version
 from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts
+from data_pipeline.signature_files import Survey
 from data_pipeline.sources import WorkUnit, read_unit
 from data_pipeline.tally import Tally
 
@@ -171,7 +172,7 @@ def _fill(task: SurveyTask, folder: Path) -> SurveyRecord:
     settings = task.recipe.data.deduplicate
     assert settings is not None, "a survey is made for deduplication"
     tally, inputs, num_bytes = Tally(folder), list[InputRecord](), 0
-    survey = dedup.Survey(settings)
+    survey = Survey(settings)
     options = pyarrow.ipc.IpcWriteOptions(compression=pyarrow.Codec("zstd", 1), use_threads=False)
     # Through Python's own file, so that a full disk is an OSError with its number.
     with (folder / TEXTS).open("wb") as file, pyarrow.ipc.new_stream(file, SCHEMA, options=options) as stream:

@@ -15,20 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from configs.errors import UserError
 from data_pipeline.documents import SHOWN_BYTES, Document, Rejected
-from data_pipeline.formats import (
-    BLOCK_BYTES,
-    DAMAGES,
-    InputFile,
-    check_text,
-    decode_text,
-    is_unicode,
-    keep_blocks,
-    kept_metadata,
-    name_of,
-    reject,
-    unpack,
-    unpack_stream,
-)
+from data_pipeline.input_file import InputFile
+from data_pipeline.packed import BLOCK_BYTES, DAMAGES, keep_blocks, unpack, unpack_stream
+from data_pipeline.rows import check_text, decode_text, is_unicode, kept_metadata, name_of, reject
 
 HEADER_BYTES = 1 << 20
 HTML = ("text/html", "application/xhtml+xml")

@@ -187,7 +187,8 @@ def data_show(data: DataArgument, as_json: AsJson = False) -> None:
     Example: pretrain data show datasets/demo
     """
     from data_pipeline.show import show_dataset
-    from pretrain.build import open_page, tell_dataset
+    from pretrain.data_view import tell_dataset
+    from pretrain.page import open_page
 
     found = show_dataset(_find_data(data))
     if as_json:
@@ -219,7 +220,8 @@ def data_sample(
     from dataclasses import asdict
 
     from data_pipeline.show import find_document, sample_documents
-    from pretrain.build import open_page, tell_document
+    from pretrain.data_view import tell_document
+    from pretrain.page import open_page
 
     folder = _find_data(data)
     if document is not None:
@@ -250,8 +252,9 @@ def data_diff(
 
     Example: pretrain data diff datasets/demo datasets/demo-cleaned
     """
-    from data_pipeline.show import compare_datasets
-    from pretrain.build import open_page, tell_differences
+    from data_pipeline.compare import compare_datasets
+    from pretrain.data_view import tell_differences
+    from pretrain.page import open_page
 
     found = compare_datasets(_find_data(a), _find_data(b))
     if as_json:
@@ -271,7 +274,8 @@ def data_rules(as_json: AsJson = False) -> None:
     Example: pretrain data rules
     """
     from data_pipeline.cleaning import describe_rules
-    from pretrain.build import open_page, tell_rules
+    from pretrain.data_view import tell_rules
+    from pretrain.page import open_page
 
     rules = describe_rules()
     if as_json:
@@ -289,7 +293,7 @@ def data_verify(data: DataArgument, as_json: AsJson = False) -> None:
 
     Example: pretrain data verify datasets/demo
     """
-    from pretrain.build import verify_with_progress
+    from pretrain.data_view import verify_with_progress
 
     folder = _find_data(data)
     _report_problems(str(folder), verify_with_progress(folder, _say), as_json, REPAIR)

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pretrain.cli": PACKAGES,
     "pretrain.demo": PACKAGES,
     "pretrain.build": PACKAGES,
+    "pretrain.data_view": PACKAGES,
     "launch": ("configs",),
 }
 

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import mixed_corpus
+from benchmarks.mixed.check import Comparison
+from benchmarks.mixed.documents import DATASET, FOLDER, RUN_FILE, SOURCES
+from benchmarks.mixed.make import make_corpus
 from configs.loader import load_config
 from configs.schema import RunConfig
 from data_pipeline.build import build_dataset
@@ -33,7 +36,7 @@ def _corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("mixed") / "corpus"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # where the rules of one's own are looked for
-        run_file = mixed_corpus.make_corpus(folder, 3, [sysconfig.get_path("stdlib")], with_packages=False)
+        run_file = make_corpus(folder, 3, [sysconfig.get_path("stdlib")], with_packages=False)
         data = load_config(run_file, [f"data.{key}={value}" for key, value in SMALL.items()]).data
         assert build_dataset(data, lambda progress: None, open_here).outcome == "built"
     return folder / "planted.json", Path(data.folder())
@@ -72,30 +75,30 @@ def forget_a_reason(plan: dict[str, Any]) -> None:
 def test_a_difference_is_found(corpus: Corpus, change: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     planted, dataset = corpus
-    before = {line for line in mixed_corpus.Comparison(dataset, planted).lines(5) if not line.is_equal}
+    before = {line for line in Comparison(dataset, planted).lines(5) if not line.is_equal}
     plan = json.loads(planted.read_bytes())
     change(plan)
     changed = planted.with_name(f"{change.__name__}.json")
     changed.write_text(json.dumps(plan))
-    after = {line for line in mixed_corpus.Comparison(dataset, changed).lines(5) if not line.is_equal}
+    after = {line for line in Comparison(dataset, changed).lines(5) if not line.is_equal}
     assert after > before
 
 
 def test_the_run_file_is_an_example_that_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a data section and nothing else, and takes overrides; its sources are those that are made."""
     monkeypatch.chdir(ROOT)
-    config = load_config(ROOT / mixed_corpus.RUN_FILE, ["data.workers=1", "data.deduplicate.near=null"])
+    config = load_config(ROOT / RUN_FILE, ["data.workers=1", "data.deduplicate.near=null"])
     assert config.model_dump(exclude={"data", "run"}) == RunConfig().model_dump(exclude={"data", "run"})
     assert (config.data.workers, config.data.deduplicate and config.data.deduplicate.near) == (1, None)
-    assert config.data.folder() == mixed_corpus.DATASET
-    assert [source.name for source in config.data.sources] == [source.name for source in mixed_corpus.SOURCES]
-    for section, source in zip(config.data.sources, mixed_corpus.SOURCES, strict=True):
-        assert section.path.startswith(f"{mixed_corpus.FOLDER}/{source.name}")
+    assert config.data.folder() == DATASET
+    assert [source.name for source in config.data.sources] == [source.name for source in SOURCES]
+    for section, source in zip(config.data.sources, SOURCES, strict=True):
+        assert section.path.startswith(f"{FOLDER}/{source.name}")
         assert (section.id_field, section.text_field) == ("record_id" if source.kind == "wet" else source.id_field, source.text_field)
     assert len(bind_rules(config.data.clean, "web")) == len(config.data.clean) > len(bind_rules(config.data.clean, "kernel")) > 5
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="is there already"):
-        mixed_corpus.make_corpus(tmp_path, 1)
+        make_corpus(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []

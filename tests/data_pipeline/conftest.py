@@ -1,6 +1,7 @@
 """A small corpus, builds in this process, and one Ray for all tests that need it."""
 
 import hashlib
+import json
 import random
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DataSection, SourceSection, TokenizerSection
+from configs.schema import DataSection, RuleSection, SourceSection, TokenizerSection
 from data_pipeline.build import BuildResult, build_dataset
 from data_pipeline.execution import open_here
 from data_pipeline.stages import Progress
@@ -74,9 +75,30 @@ def data_for(tmp_path: Path) -> Callable[..., DataSection]:
 
 
 @pytest.fixture
+def two_sources(corpus: Path, tmp_path: Path, data_for: Callable[..., DataSection]) -> DataSection:
+    """A `data` section: 24 texts, and 20 rows with names and metadata of which 9 are short and one is unreadable."""
+    rows = [{"text": f"short {number}", "url": f"http://x/{number}", "lang": "en"} for number in range(9)]
+    rows += [{"text": f"row {number} is\nlong enough to be kept", "url": f"http://y/{number}", "lang": "de"} for number in range(10)]
+    rows_file = tmp_path / "rows" / "rows.jsonl"
+    rows_file.parent.mkdir()
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "[1]\n")
+    sources = (
+        SourceSection(name="texts", path=str(corpus)),
+        SourceSection(name="rows", path=str(rows_file.parent), id_field="url", metadata_fields=("lang",)),
+    )
+    return data_for(corpus, sources=sources, clean=(RuleSection(rule="tests.data_pipeline.rules:drop_short"),), quarantine_limit=0.1)
+
+
+@pytest.fixture
 def build() -> Callable[..., BuildResult]:
     """Build in this process."""
     return lambda data, rebuild=False: build_dataset(data, ignore_progress, open_here, rebuild)
+
+
+@pytest.fixture
+def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is not about power cuts: most of a small build is waiting for the disk."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,44 +16,33 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from configs.schema import DeduplicationSection, NearDuplicatesSection
-from data_pipeline import dedup
+from data_pipeline import dedup, signature_files
 from data_pipeline.dedup import (
     EXACT_DUPLICATE,
     NEAR_DUPLICATE,
     Duplicates,
-    Survey,
     are_marked,
     connected_components,
-    content_hash,
     count_matches,
     exact_partition,
     find_duplicates,
     load_duplicates,
     mark_documents,
-    merge_surveys,
     near_partition,
     needed_matches,
     unite,
-    write_survey,
 )
 from data_pipeline.minhash import NO_SHINGLES, band_hashes, signatures
+from data_pipeline.signature_files import Survey, write_survey
+from tests.data_pipeline.surveys import NEAR, Documents, make_documents, write_units
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-NEAR = NearDuplicatesSection(similarity=0.5, num_permutations=8, num_bands=4)
-
-
-@dataclass
-class Documents:
-    """What is surveyed of made-up documents."""
-
-    hashes: np.ndarray[Any, Any]
-    signatures: np.ndarray[Any, Any]
 
 
 @dataclass
 class Limits:
-    """The module's constants that a test makes small."""
+    """The modules' constants that a test makes small."""
 
     DOCUMENTS_PER_TASK: int = 4_000_000
     MOST_SURVEYS: int = 64
@@ -62,27 +50,6 @@ class Limits:
     BLOCK_BYTES: int = 1 << 25
     ALL_PAIRS: int = 64
     MOST_CENTRES: int = 64
-
-
-def make_documents(rng: random.Random, count: int, kinds: int) -> Documents:
-    """Copies of `kinds` signatures with some numbers changed, so that alike is not transitive; some have no words."""
-    pool = [[rng.randrange(3) for _ in range(8)] for _ in range(kinds)]
-    rows = [[number if rng.random() < 0.7 else rng.randrange(3) for number in rng.choice(pool)] for _ in range(count)]
-    rows = [row if rng.random() < 0.95 else [NO_SHINGLES] * 8 for row in rows]
-    # Equal upper halves with different lower ones, and the ends of the range.
-    halves = [0, 1, 1 << 63, (1 << 64) - 1]
-    hashes = [[rng.choice(halves), rng.randrange(max(1, count // 2))] for _ in range(count)]
-    return Documents(np.array(hashes, dtype=np.uint64).reshape(-1, 2), np.array(rows, dtype=np.uint32).reshape(-1, 8))
-
-
-def write_units(root: Path, documents: Documents, bounds: Sequence[int], near: NearDuplicatesSection | None) -> list[Path]:
-    folders = []
-    for index, (first, end) in enumerate(pairwise(bounds)):
-        folders.append(root / f"unit-{index}")
-        folders[-1].mkdir(parents=True)
-        blocks = np.array_split(documents.signatures[first:end], 2)
-        write_survey(folders[-1], documents.hashes[first:end], blocks if near else (), near)
-    return folders
 
 
 def run_anyhow(rng: random.Random) -> Any:
@@ -178,7 +145,7 @@ def test_it_finds_what_a_slow_search_finds(seed: int, count: int, kinds: int, ex
     settings = DeduplicationSection(exact=exact, near=NEAR if near else None)
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
         for name, value in vars(limits).items():
-            patch.setattr(dedup, name, value)
+            patch.setattr(signature_files if name == "BLOCK_BYTES" else dedup, name, value)
         found = find(Path(root), documents, bounds, settings, rng)
         by_reason = numbers_by_reason(found, bounds)
         assert by_reason == search_slowly(documents, settings, limits)
@@ -224,21 +191,6 @@ def test_parts_together_are_the_whole(tmp_path: Path, seed: int):
     assert not np.isin(edges.pairs, whole.documents).any()
 
 
-def test_a_merged_survey_is_that_of_one_unit(tmp_path: Path, seed: int):
-    documents = make_documents(random.Random(seed), 100, 10)
-    parts = write_units(tmp_path / "parts", documents, [0, 0, 30, 31, 100, 100], NEAR)
-    (whole,) = write_units(tmp_path / "whole", documents, [0, 100], NEAR)
-    merged = tmp_path / "merged"
-    merged.mkdir()
-    merge_surveys(parts, merged)
-    files = sorted(path.name for path in whole.iterdir())
-    assert files == sorted(path.name for path in merged.iterdir()) == ["bands.npy", "exact.npy", "signatures.npy"]
-    for name in files:
-        assert (merged / name).read_bytes() == (whole / name).read_bytes()
-        np.save(tmp_path / name, np.load(whole / name))
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_real_texts_through_a_survey(tmp_path: Path, seed: int):
     rng = random.Random(seed)
     words = [f"word{number}" for number in range(5000)]
@@ -267,16 +219,6 @@ def test_real_texts_through_a_survey(tmp_path: Path, seed: int):
     assert counts.num_compared > counts.num_refused >= 0
 
 
-def test_exact_only_needs_no_signatures(tmp_path: Path):
-    survey = Survey(DeduplicationSection())
-    survey.add(["one", "two", "one", ""])
-    survey.add([])
-    survey.add(["two", "\ud800", ""])
-    survey.write(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["exact.npy"]
-    assert exact_partition([tmp_path], 0, 1).documents.tolist() == [2, 4, 6]
-
-
 def test_no_units_and_empty_units(tmp_path: Path, seed: int):
     settings = DeduplicationSection(near=NEAR)
     nothing = Documents(np.zeros((0, 2), dtype=np.uint64), np.zeros((0, 8), dtype=np.uint32))
@@ -284,11 +226,6 @@ def test_no_units_and_empty_units(tmp_path: Path, seed: int):
         found = find(tmp_path / str(index), nothing, bounds, settings, random.Random(seed))
         assert [len(unit.ordinals) for unit in found.units] == [0] * (len(bounds) - 1)
         assert found.counts.num_documents == found.counts.num_near_clusters == 0
-
-
-def test_a_survey_of_other_rows_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="1 signatures for 2 documents"):
-        write_survey(tmp_path, np.zeros((2, 2), dtype=np.uint64), [np.zeros((1, 8), dtype=np.uint32)], NEAR)
 
 
 def test_a_large_bucket_costs_a_bounded_number_of_comparisons(tmp_path: Path, seed: int):
@@ -348,11 +285,6 @@ def test_matches_are_counted(seed: int):
     first, second = rng.integers(0, 2, (2, 50, 300), dtype=np.uint32)
     assert count_matches(first, second).tolist() == (first == second).sum(axis=1).tolist()
     assert count_matches(first[:, None], second[None, :3]).shape == (50, 3)
-
-
-def test_a_content_hash_is_of_the_exact_text():
-    hashes = {content_hash(text) for text in ("a", "A", "a ", "", "\ud800", "\udfff", "é", "e\u0301")}
-    assert len(hashes) == 8 and all(len(found) == 16 for found in hashes)
 
 
 def test_the_lowest_number_stays_also_across_units(tmp_path: Path):

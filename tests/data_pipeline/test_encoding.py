@@ -60,28 +60,39 @@ def test_an_ordinary_added_token_is_found_by_both_engines(tmp_path):
     assert check_ids(encoder, "a <tool> b", ids)
 
 
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(encoding, "FAST_PIECE_CHARACTERS", 1000)
+
+
 def test_a_long_text_is_cut_without_a_trace(encoder, seed, monkeypatch):
-    text = " ".join(random_texts(seed, 400)) + " and the quick brown fox"
+    text = " ".join(random_texts(seed, 400)) + " and the quick brown fox" + "x" * 3000 + " jumps over " * 200
     whole, _ = encode(encoder, [text])
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(encoding, "FAST_PIECE_CHARACTERS", 1000)
     for one in (encoder, Encoder(encoder.reference, None)):
         pieces = list(cut_text(one, text))
-        assert len(pieces) > 5 and max(map(len, pieces)) <= 1000 and "".join(pieces) == text
+        assert len(pieces) > 5 and "".join(pieces) == text
+        assert [len(piece) for piece in pieces if len(piece) > 1000] == [len(piece) for piece in pieces if "x" * 3000 in piece]
         ids, offsets = encode(one, ["short", text, ""])
         assert np.array_equal(ids[int(offsets[1]) : int(offsets[2])], whole)
 
 
-def test_a_text_without_a_place_to_cut_is_refused(encoder, monkeypatch):
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 1000)
-    with pytest.raises(UncuttableError, match="no place to cut between characters 500 and 1000"):
-        encode(encoder, ["x" * 3000])
+def test_a_text_without_a_place_to_cut(encoder, small_pieces):
+    """Up to ten pieces long it is encoded whole, beyond it is refused."""
+    ids, _ = encode(encoder, ["x" * 10_000])
+    assert ids.tolist() == encoder.reference.encode("x" * 10_000).ids
+    with pytest.raises(UncuttableError, match="no place to cut in 10000 characters behind character 0"):
+        encode(encoder, ["x" * 10_001])
 
 
 def test_a_tokenizer_that_merges_over_spaces_is_not_cut_there(monkeypatch):
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2, "a ": 3, "a b": 4}, [("a", " "), ("a ", "b")]))
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10)
+    assert list(cut_text(Encoder(tokenizer, None), "a b" * 30)) == ["a b" * 30]
     with pytest.raises(UncuttableError):
-        list(cut_text(Encoder(tokenizer, None), "a b" * 20))
+        list(cut_text(Encoder(tokenizer, None), "a b" * 40))
 
 
 @pytest.mark.parametrize("length", [10, 60_000])

@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from configs.errors import UserError
 from configs.schema import DataSection, SourceSection
-from data_pipeline import fetch, formats
+from data_pipeline import fetch, json_lines
 from data_pipeline.documents import Document, TokenDocument
 from data_pipeline.fetch import local_copy, open_file
 from data_pipeline.shards import ShardWriter
@@ -96,7 +96,7 @@ def test_files_folders_and_globs(store):
 def test_parts_of_remote_lines_are_fetched_alone(store, tmp_path, seed, monkeypatch):
     """The parts give what the whole gives; together they fetch little more than the file has."""
     chosen = random.Random(seed)
-    monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(json_lines, "BLOCK_BYTES", 64)
     for number in range(20):
         content = lines(chosen.randrange(1, 80)) + chosen.choice([b"", b"no end", b"\n\n", b'{"text": "' + b"x" * 900 + b'"}'])
         (tmp_path / "a.jsonl").write_bytes(content)

@@ -1,10 +1,9 @@
-"""What is read, in which order, by whom; and what is refused before anything starts."""
+"""What is read, in which order, by whom."""
 
 import gzip
 import json
 import os
 import random
-import sysconfig
 from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
@@ -18,61 +17,11 @@ import pytest
 from configs.errors import UserError
 from configs.schema import DataSection, SourceSection
 from data_pipeline.documents import Document, Rejected, TokenDocument
-from data_pipeline.formats import InputFile
+from data_pipeline.input_file import InputFile
 from data_pipeline.sampling import SAMPLED_UNITS, sample_texts
 from data_pipeline.shards import ShardWriter
-from data_pipeline.sources import WorkUnit, find_files, pack_units, plan_units, read_unit
-
-NOWHERE = Path("/nowhere")
-
-
-def put(folder: Path, **files: bytes) -> Path:
-    for name, content in files.items():
-        path = folder / name.replace("__", "/").replace("_DOT_", ".")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
-
-
-def names(source: SourceSection, skipped: Counter[str] | None = None) -> list[str]:
-    return [file.name for file in find_files(source, NOWHERE, Counter() if skipped is None else skipped)]
-
-
-def test_files_are_found_sorted_and_the_rest_is_counted(tmp_path):
-    put(
-        tmp_path, b_DOT_txt=b"b", a__z_DOT_md=b"z", a__Z_DOT_TXT=b"Z", c_DOT_jsonl_DOT_gz=gzip.compress(b'{"text": "c"}'),
-        d_DOT_png=b"d", e_DOT_txt_DOT_gz=b"e", LICENSE=b"f", _DOT_hidden=b"g", _DOT_git__h_DOT_txt=b"h",
-    )  # fmt: skip
-    skipped: Counter[str] = Counter()
-    assert names(SourceSection(name="mine", path=str(tmp_path)), skipped) == ["a/Z.TXT", "a/z.md", "b.txt", "c.jsonl.gz"]
-    assert skipped == {".png": 1, ".txt.gz": 1, "(none)": 1}
-    assert names(SourceSection(name="mine", path=str(tmp_path), pattern="a/*")) == ["a/Z.TXT", "a/z.md"]
-    assert len(names(SourceSection(name="mine", path=str(tmp_path), format="text"))) == 7
-
-
-def test_links_are_counted_not_followed(tmp_path):
-    outside = put(tmp_path / "outside", secret_DOT_txt=b"s")
-    root = put(tmp_path / "root", a_DOT_txt=b"a", sub__b_DOT_txt=b"b")
-    (root / "file.txt").symlink_to(outside / "secret.txt")
-    (root / "folder").symlink_to(outside)
-    (root / "inside.txt").symlink_to(root / "a.txt")
-    (root / "dangling.txt").symlink_to(root / "none")
-    for pattern in ("**/*", "*/*", "*"):
-        skipped: Counter[str] = Counter()
-        found = names(SourceSection(name="mine", path=str(root), pattern=pattern), skipped)
-        assert not {"file.txt", "folder/secret.txt", "inside.txt"} & set(found)
-        assert skipped["symlink"] >= 1
-    (tmp_path / "link").symlink_to(root)  # the root itself may be a link: the user named it
-    assert names(SourceSection(name="mine", path=str(tmp_path / "link"))) == ["a.txt", "sub/b.txt"]
-
-
-def test_stdlib_without_installed_packages():
-    found = names(SourceSection(name="stdlib", path="{stdlib}", pattern="**/*.py"))
-    assert "abc.py" in found and "asyncio/__init__.py" in found and len(found) > 300
-    assert not any("site-packages" in name or "dist-packages" in name for name in found)
-    assert names(SourceSection(name="stdlib", path="{stdlib}/json")) == sorted(
-        path.name for path in Path(sysconfig.get_path("stdlib"), "json").glob("*.py")
-    )
+from data_pipeline.sources import WorkUnit, pack_units, plan_units, read_unit
+from tests.data_pipeline.planning import NOWHERE, items_of, put, refused
 
 
 def input_file(name: str, num_bytes: int, source: str = "mine") -> InputFile:
@@ -112,12 +61,6 @@ def test_a_change_of_one_file_changes_the_units_around_it(num_files, largest, se
     assert sum(num_changed) / len(num_changed) < 6, num_changed
 
 
-def test_the_dataset_is_no_input(tmp_path):
-    put(tmp_path, a_DOT_txt=b"a", built__units__00000__train_DOT_documents_DOT_parquet=b"p")
-    plan = plan_units(DataSection(root=str(tmp_path / "built"), sources=(SourceSection(name="mine", path=str(tmp_path)),)))
-    assert [file.name for file in plan.files] == ["a.txt"] and plan.skipped == {}
-
-
 @pytest.mark.parametrize("several", [False, True])
 def test_hugging_face_folder(tmp_path, several):
     """Written by the library itself: a Dataset or a DatasetDict, in several files, read in ranges of rows."""
@@ -136,68 +79,6 @@ def test_hugging_face_folder(tmp_path, several):
     assert len(plan.units) > len(plan.files) == (4 if several else 2)
     assert len({item.document_id for item in items if isinstance(item, Document)}) == len(items)
     assert plan.skipped == {".json": 5 if several else 2, ".arrow": 1}
-
-
-def refused(tmp_path: Path, *sources: SourceSection) -> str:
-    with pytest.raises(UserError) as caught:
-        plan_units(DataSection(root=str(NOWHERE), sources=sources))
-    assert len(str(caught.value)) < 500 + len(str(tmp_path)) * 3
-    return str(caught.value)
-
-
-def test_refusals_name_what_to_change(tmp_path):
-    def source(path: Path, **keys) -> SourceSection:
-        return SourceSection(name="mine", path=str(path), **keys)
-
-    assert "data.sources is empty" in refused(tmp_path)
-    assert f"no {tmp_path / 'none'}" in refused(tmp_path, source(tmp_path / "none"))
-    (tmp_path / "empty").mkdir()
-    assert "no file that matches '**/*'" in refused(tmp_path, source(tmp_path / "empty"))
-    pictures = put(tmp_path / "pictures", a_DOT_png=b"a", b_DOT_png=b"b", c_DOT_gif=b"c")
-    assert "found 2 .png, 1 .gif, wanted .txt" in refused(tmp_path, source(pictures))
-    assert "set its format" in refused(tmp_path, source(pictures / "a.png"))
-    assert "format: datasets" in refused(tmp_path, source(put(tmp_path / "hub", data_DOT_arrow=b"")))
-    links = tmp_path / "links"
-    links.mkdir()
-    (links / "a.txt").symlink_to(pictures / "a.png")
-    assert "links are not followed" in refused(tmp_path, source(links))
-    assert "are empty" in refused(tmp_path, source(put(tmp_path / "zero", a_DOT_txt=b"", b_DOT_txt=b"")))
-    assert "cannot be used" in refused(tmp_path, source(pictures, pattern="/etc/*"))
-    assert "wants the folder" in refused(tmp_path, source(pictures / "a.png", format="datasets"))
-    assert "state.json" in refused(tmp_path, source(put(tmp_path / "no_state", state_DOT_json=b"{}"), format="datasets"))
-    escaping = put(tmp_path / "escaping", state_DOT_json=b'{"_data_files": [{"filename": "../pictures/a.png"}]}')
-    assert "not a file below" in refused(tmp_path, source(escaping, format="datasets"))
-    os.mkdir(os.fsencode(tmp_path) + b"/odd")  # noqa: PTH102
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd/\xff.txt")).write_bytes(b"a")
-    assert "is not UTF-8" in refused(tmp_path, source(tmp_path / "odd"))
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_missing_text_field_is_told_at_once(tmp_path, kind):
-    path = tmp_path / f"rows.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.table({"body": ["a"], "url": ["b"]}), path)
-    else:
-        content = b'\n{"body": "a", "url": "b"}\n{"text": "c"}\n'
-        path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
-    message = refused(tmp_path, SourceSection(name="mine", path=str(tmp_path)))
-    assert "no field 'text'" in message and "body, url" in message and path.name in message
-
-
-def test_the_same_file_twice_is_named(tmp_path):
-    put(tmp_path, sub__a_DOT_txt=b"a")
-    message = refused(
-        tmp_path, SourceSection(name="one", path=str(tmp_path)), SourceSection(name="two", path=str(tmp_path / "sub" / "a.txt"))
-    )
-    assert str(tmp_path / "sub" / "a.txt") in message and "'one'" in message and "'two'" in message
-
-
-def items_of(source: SourceSection, work_unit_bytes: int = 16_000_000, scratch: Path | None = None):
-    """Everything a source gives, and the hashes told on the way."""
-    plan = plan_units(DataSection(root=str(NOWHERE), sources=(source,), work_unit_bytes=work_unit_bytes))
-    hashed: list[tuple[str, str, int]] = []
-    told = lambda file, digest, num_bytes: hashed.append((file.name, digest, num_bytes))  # noqa: E731
-    return [item for unit in plan.units for item in read_unit(unit, 10_000, scratch, told)], plan, hashed
 
 
 def test_large_files_are_split_and_hashed_once(tmp_path):
@@ -233,34 +114,6 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         list(read_unit(unit, 100))
-
-
-def test_globs_and_file_urls(tmp_path):
-    put(tmp_path, a__x_DOT_txt=b"x", a__y_DOT_md=b"y", b__z_DOT_txt=b"z", b__c__w_DOT_txt=b"w", b___DOT_h_DOT_txt=b"h", top_DOT_txt=b"t")
-    assert names(SourceSection(name="mine", path=f"{tmp_path}/*/*.txt")) == ["a/x.txt", "b/z.txt"]
-    assert names(SourceSection(name="mine", path=f"{tmp_path}/**/*.txt")) == ["a/x.txt", "b/c/w.txt", "b/z.txt", "top.txt"]
-    assert names(SourceSection(name="mine", path=f"{tmp_path}/[b]*")) == ["b/c/w.txt", "b/z.txt"]
-    assert names(SourceSection(name="mine", path=f"file://{tmp_path}/a")) == ["x.txt", "y.md"]
-    assert "is listed twice" in refused(
-        tmp_path, SourceSection(name="one", path=f"{tmp_path}/*/x.txt"), SourceSection(name="two", path=f"file://{tmp_path}/a/x.txt")
-    )
-    assert "no file that matches '*.nix'" in refused(tmp_path, SourceSection(name="one", path=f"{tmp_path}/*.nix"))
-    assert "there is no folder" in refused(tmp_path, SourceSection(name="one", path=f"{tmp_path}/none/*.txt"))
-    (tmp_path / "[odd].txt").write_bytes(b"o")  # what is there is meant, before any glob
-    assert names(SourceSection(name="mine", path=f"{tmp_path}/[odd].txt")) == ["[odd].txt"]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("key", ["id_field", "metadata_fields"])
-def test_missing_fields_are_told_at_once(tmp_path, kind, key):
-    if kind == "parquet":
-        pq.write_table(pa.table({"text": ["a"], "url": ["b"]}), tmp_path / "rows.parquet")
-    else:
-        put(tmp_path, a_DOT_jsonl=b"not json\n", rows_DOT_jsonl=b'{"text": "c", "url": "b"}\n')
-    message = refused(tmp_path, SourceSection(name="mine", path=str(tmp_path), **{key: "uri" if key == "id_field" else ("url", "uri")}))
-    if kind == "parquet":
-        assert f"no field 'uri'; set {key} to one of: text, url" in message
-    assert len(items_of(SourceSection(name="mine", path=str(tmp_path), metadata_fields=("url",)))[0]) == (1 if kind == "parquet" else 2)
 
 
 def test_only_damaged_files_are_rejected_not_refused(tmp_path):
@@ -313,36 +166,6 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
     assert plan.files[0].kind == "my_words:words" and len(plan.files[0].function_sha256) == 64
     assert "cannot be called with a local path and the settings" in refused(tmp_path, source(settings={"other": 1}))
     assert "no field 'text'; set text_field to one of: body" in refused(tmp_path, source(settings={"field": "body"}))
-
-
-def test_hub_data_sets_without_a_network(tmp_path):
-    """The library's own json format: files are its shards, each a part."""
-    for number in range(3):
-        rows = [{"body": f"{number} {row}", "id": row, "date": None} for row in range(number + 1)] + [{"body": None, "id": 9, "date": 1}]
-        put(tmp_path, **{f"{number}_DOT_jsonl": "\n".join(map(json.dumps, rows)).encode()})
-    source = SourceSection(
-        name="mine", path="json", format="hub", text_field="body", id_field="id", metadata_fields=("date",),
-        settings={"data_files": str(tmp_path / "*.jsonl")},
-    )  # fmt: skip
-    items, plan, hashed = items_of(source)
-    assert [item.text for item in items if isinstance(item, Document)] == ["0 0", "1 0", "1 1", "2 0", "2 1", "2 2"]
-    assert [item.reason for item in items if isinstance(item, Rejected)] == ["not_text"] * 3
-    assert [item.position for item in items[:3]] == [0, 1, 2**32] and items[0].name == "0"
-    assert [file.part for unit in plan.units for file in unit.files] == [(0, 3), (1, 3), (2, 3)] and hashed == []
-    assert [(file.root, file.name, file.kind) for file in plan.files] == [("json", "train", "hub")]
-    os.utime(tmp_path / "0.jsonl", (1, 1))
-    with pytest.raises(UserError, match="was changed"):
-        list(read_unit(plan.units[0], 1000))
-    assert "no field 'text'" in refused(tmp_path, source.model_copy(update={"text_field": "text"}))
-    missing = SourceSection(name="mine", path="no/such-data", format="hub")
-    assert "the hub data set 'no/such-data'" in refused(tmp_path, missing)
-
-
-def test_secrets_are_refused(tmp_path):
-    for settings in ({"key": "a"}, {"aws_secret_access_key": "a"}, {"client": {"password": "a"}}, {"hf_token": "a"}):
-        assert "looks like a secret" in refused(tmp_path, SourceSection(name="mine", path="memory://x", settings=settings))
-    for path in ("s3://me:word@bucket/x", "https://host/a.jsonl?X-Amz-Signature=1"):
-        assert "looks like a secret" in refused(tmp_path, SourceSection(name="mine", path=path))
 
 
 def test_a_sample_is_spread_over_the_units():

@@ -10,7 +10,7 @@ import zstandard
 
 from configs.errors import UserError
 from configs.schema import DataSection, SourceSection
-from data_pipeline import formats
+from data_pipeline import packed
 from data_pipeline.documents import Document, Rejected
 from data_pipeline.sources import plan_units, read_unit
 from data_pipeline.web import split_records
@@ -74,7 +74,7 @@ def test_conversion_records_give_their_text(tmp_path, suffix, monkeypatch):
     assert outcome(items) == WET_OUTCOME
     assert items[0].position == 1 and items[0].name is None
     assert dict(items[0].metadata) == {"url": "https://host/1", "date": "2024-02-29T00:00:00Z", "record_id": "urn:uuid:1"}
-    monkeypatch.setattr(formats, "KEPT_BYTES", 100)
+    monkeypatch.setattr(packed, "KEPT_BYTES", 100)
     assert read(path) == items
 
 
