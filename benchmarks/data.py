@@ -148,6 +148,7 @@ def measure_scaling(corpus: Path, folder: Path, tokenizer: Path, num_tokens: int
     for _ in range(rounds):
         for workers in times:
             with started_ray(folder, workers) as (run, _):
+                time_build(corpus, folder / "scaled", tokenizer, run, workers)  # its workers load libraries and the tokenizer
                 times[workers].append(time_build(corpus, folder / "scaled", tokenizer, run, workers))
             hashes.add(sha256_of_file(folder / "scaled" / "manifest.json"))
     one, two, four = (num_tokens / 1e6 / statistics.median(times[workers]) for workers in (1, 2, 4))
@@ -164,6 +165,7 @@ def measure_memory(folder: Path, tokenizer: Path, quick: bool) -> Iterator[dict[
         corpus = folder / f"repeated-{repeats}"
         write_jsonl_zst(corpus, size, 16 * repeats, repeats)
         with started_ray(folder, WORKERS) as (run, _):
+            shutil.rmtree(folder / "memory", ignore_errors=True)
             result = build(corpus, folder / "memory", tokenizer, run)
         peaks.append(max(stage["peak_worker_bytes"] for stage in result.report["stages"]) / 1e6)
         yield row(f"peak of a worker, {size * repeats / 1e6:.0f} MB of text", "MB", peaks[-1], target=1000, most=True)
@@ -182,14 +184,14 @@ def section(corpus: Path, root: Path, tokenizer: Path, workers: int) -> DataSect
 
 
 def build(corpus: Path, root: Path, tokenizer: Path, run: Run, workers: int = WORKERS) -> BuildResult:
-    """A build into an empty folder, by workers that are there."""
-    shutil.rmtree(root, ignore_errors=True)
+    """A build into a folder that is not there yet, by workers that are."""
     engine: Callable[[int, Path], AbstractContextManager[Run]] = lambda *_: nullcontext(run)  # noqa: E731
     return build_dataset(section(corpus, root, tokenizer, workers), lambda _: None, engine)
 
 
 def time_build(corpus: Path, root: Path, tokenizer: Path, run: Run, workers: int = WORKERS) -> float:
-    """Seconds of a whole build."""
+    """Seconds of a whole build; what an earlier one left goes first, untimed."""
+    shutil.rmtree(root, ignore_errors=True)
     return timed(lambda: build(corpus, root, tokenizer, run, workers))
 
 

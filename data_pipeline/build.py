@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from configs.durable import remove_folders, write_file
+from configs.durable import remove_folders, sha256_of_file, write_file
 from configs.errors import UserError
 from configs.schema import DataSection
+from configs.sealed import seal, unseal
 from data_pipeline.changes import check_sizes, describe_configuration, describe_plan, find_changes, write_plan
 from data_pipeline.cleaning import identify_rules
-from data_pipeline.committed import settle_folders
+from data_pipeline.committed import TEMPORARY_PREFIX, settle_folders
 from data_pipeline.dedup import find_duplicates, load_duplicates
 from data_pipeline.disk import check_room, explain_file_errors
 from data_pipeline.documents import place_document
@@ -46,7 +46,7 @@ from data_pipeline.stages import Progress, Report, run_stage
 from data_pipeline.survey import RECORD, SURVEY, SurveyTask, read_for_sampling, write_survey
 from data_pipeline.tally import QUARANTINE
 from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
-from data_pipeline.units import UNIT, Surveyed, UnitRecord, UnitTask, write_unit
+from data_pipeline.units import UNIT, Surveyed, UnitRecord, UnitTask, hash_duplicates, write_unit
 
 TOKENIZER_ORIGIN = "tokenizer.origin.json"
 DUPLICATES = "duplicates"
@@ -92,7 +92,7 @@ def build_dataset(data: DataSection, report: Report, engine: Engine = open_ray, 
         with own_folder(root) as token:
             if (root / MANIFEST).exists():
                 if not rebuild:  # another build ended between the look and the lock
-                    return _keep_finished(root, described, plan)
+                    return _keep_finished(root, described, plan, token)
                 (root / MANIFEST).unlink()  # from here on nobody trains on what is about to change
             elif not rebuild:
                 _refuse_changes(root, find_changes(root, described, plan, None))
@@ -103,10 +103,31 @@ def build_dataset(data: DataSection, report: Report, engine: Engine = open_ray, 
                 return _build(recipe, plan, report, run)
 
 
-def _keep_finished(root: Path, described: dict[str, Any], plan: Plan) -> BuildResult:
+def _leftovers(root: Path) -> list[Path]:
+    """What only a build needs, and what killed workers and drivers left."""
+    return [
+        *(path for path in (root / SURVEY, root / DUPLICATES) if path.exists()),
+        *root.glob(".*.tmp"),
+        *(root / UNITS).glob(f"{TEMPORARY_PREFIX}*"),
+    ]
+
+
+def _tidy(root: Path) -> None:
+    """Remove the leftovers; whoever does holds the folder."""
+    for path in _leftovers(root):
+        if path.is_dir():
+            remove_folders([path])
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _keep_finished(root: Path, described: dict[str, Any], plan: Plan, held: str | None = None) -> BuildResult:
     manifest = load_manifest(root)
     _refuse_changes(root, find_changes(root, described, plan, manifest))
     check_sizes(root, manifest)
+    if held is None and _leftovers(root):  # a kill came between the manifest and the tidying
+        with suppress(UserError, OSError), own_folder(root):
+            _tidy(root)
     return BuildResult("unchanged", root, manifest, len(plan.units), len(plan.units), plan.skipped)
 
 
@@ -138,7 +159,7 @@ def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
     described = describe_build(manifest, stages, {**facts, "workers": data.workers or count_cores()})
     write_report(root, described, len(plan.units))
     write_manifest(root, manifest)
-    remove_folders([root / SURVEY, root / DUPLICATES])
+    _tidy(root)
     report(Progress("manifest", 1, 1, f"{manifest.total('train').num_tokens} tokens to train on"))
     num_kept = next(stage.num_units_kept for stage in stages if stage.stage == "tokens")
     return BuildResult("built", root, manifest, len(plan.units), num_kept, plan.skipped, described)
@@ -155,8 +176,9 @@ def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report) -> None:
     files = [file for unit in plan.units for file in unit.files]
     trained_on = [settings.vocabulary_size, settings.training_bytes, settings.end_of_text, [len(unit.files) for unit in plan.units]]
     fingerprint = hash_facts([cleaning_facts(recipe, files), trained_on])
-    if origin.exists() and path.exists() and json.loads(origin.read_bytes()) == {"made_of": fingerprint, "sha256": tokenizer_hash(path)}:
-        return
+    with suppress(OSError, ValueError):
+        if unseal(origin.read_bytes()) == {"made_of": fingerprint, "tokenizer_sha256": tokenizer_hash(path)}:
+            return
     total = min(len(plan.units), SAMPLED_UNITS)
 
     def tell(done: int, num_bytes: int) -> None:
@@ -174,7 +196,7 @@ def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report) -> None:
         )
     write_file(path, tokenizer.to_str().encode("utf-8"))
     # Behind the tokenizer: where both agree, a start that continues need not train again.
-    write_file(origin, json.dumps({"made_of": fingerprint, "sha256": tokenizer_hash(path)}).encode())
+    write_file(origin, seal({"made_of": fingerprint, "tokenizer_sha256": tokenizer_hash(path)}))
     report(Progress("tokenizer", total, total, f"{vocabulary_size(tokenizer)} entries from {sampled / 1e6:.1f} MB", num_bytes=sampled))
 
 
@@ -191,8 +213,7 @@ def _deduplicate(recipe: Recipe, plan: Plan, report: Report, run: Run, stages: l
     work = recipe.root / DUPLICATES
     unit_tasks = {unit.index: UnitTask(recipe, unit) for unit in plan.units}
     for place, task in enumerate(tasks):
-        found = load_duplicates(work, place)
-        digest = sha256(found.ordinals.tobytes() + found.reasons.tobytes()).hexdigest()
+        digest = hash_duplicates(load_duplicates(work, place))
         unit_tasks[task.unit.index] = UnitTask(recipe, task.unit, surveyed=Surveyed(task.fingerprint(), work, place, digest))
     return list(unit_tasks.values()), {"deduplication": counts}
 
@@ -203,8 +224,8 @@ def _find_duplicates(recipe: Recipe, tasks: list[SurveyTask], report: Report, ru
     assert settings is not None, "there is nothing to deduplicate by"
     fingerprint = hash_facts([task.fingerprint() for task in tasks])
     with suppress(OSError, ValueError):
-        found = json.loads((work / DUPLICATES_FOUND).read_bytes())
-        if found["made_of"] == fingerprint:
+        found = unseal((work / DUPLICATES_FOUND).read_bytes())
+        if found["made_of"] == fingerprint and found["files"] == _hash_files(work):
             return found["counts"]
 
     def run_all(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
@@ -219,8 +240,12 @@ def _find_duplicates(recipe: Recipe, tasks: list[SurveyTask], report: Report, ru
         folders, settings, work, run_all, lambda step, done, total: report(Progress("duplicates", done, total, step))
     )
     counts = asdict(duplicates.counts)
-    write_file(work / DUPLICATES_FOUND, json.dumps({"made_of": fingerprint, "counts": counts}).encode())
+    write_file(work / DUPLICATES_FOUND, seal({"made_of": fingerprint, "counts": counts, "files": _hash_files(work)}))
     return counts
+
+
+def _hash_files(work: Path) -> dict[str, str]:
+    return {path.name: sha256_of_file(path) for path in sorted(work.glob("*.npy"))}
 
 
 def _make_units(tasks: Sequence[UnitTask], report: Report, run: Run, stages: list[StageReport]) -> dict[int, UnitRecord]:

@@ -14,6 +14,7 @@ from typing import Any
 from configs.durable import write_file
 from configs.errors import UserError
 from configs.schema import DataSection
+from configs.sealed import seal, unseal
 from data_pipeline.cleaning import RuleIdentity
 from data_pipeline.formats import hash_input
 from data_pipeline.input_file import InputFile
@@ -54,16 +55,15 @@ def describe_plan(data: DataSection, plan: Plan, rules: Sequence[RuleIdentity], 
 
 def write_plan(root: Path, described: dict[str, Any]) -> None:
     """Write down what a build sets out from. Raises OSError."""
-    write_file(root / PLAN, json.dumps(described, indent=1).encode())
+    write_file(root / PLAN, seal(described))
 
 
 def read_plan(root: Path) -> dict[str, Any] | None:
     """What the folder's build set out from; None where none did, or nobody can read it."""
     try:
-        found = json.loads((root / PLAN).read_bytes())
+        return unseal((root / PLAN).read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "files" in found else None
 
 
 def find_changes(root: Path, described: dict[str, Any], plan: Plan, manifest: Manifest | None) -> list[str]:
@@ -134,7 +134,7 @@ def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"data.{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.endswith(".path")  # a moved file is compared by its bytes
+        if before.get(key) != now.get(key) and not key.endswith((".path", ".paths"))  # a moved file is compared by its bytes
     ]
 
 

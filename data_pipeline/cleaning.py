@@ -6,6 +6,7 @@ a user's own source), and for each document either what is kept of it or which r
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,17 +24,25 @@ RULES: dict[str, Callable[..., Document | str]] = {**normalize.RULES, **filters.
 FILE_SETTINGS = ("path", "paths")  # what a rule reads under these names is part of what it does
 
 
+class RuleError(RuntimeError):
+    """A rule raised, or gave back what no rule may."""
+
+
 @dataclass(frozen=True)
 class RuleIdentity:
     """All that decides what a rule does, besides this program's version."""
 
     rule: str
     settings: str
-    """As JSON, with the sources that it is for."""
+    """As JSON, with the sources that it is for; without the paths of files, which are known by their content."""
     files: tuple[tuple[str, str], ...] = ()
     """Each file that it reads, with its SHA-256."""
     source_sha256: str = ""
     """Of the file that defines a user's own function."""
+
+    def facts(self) -> list[Any]:
+        """What decides what the rule does: where a file lies does not."""
+        return [self.rule, self.settings, [digest for _, digest in self.files], self.source_sha256]
 
 
 def identify_rules(sections: Sequence[RuleSection]) -> tuple[RuleIdentity, ...]:
@@ -44,7 +53,7 @@ def identify_rules(sections: Sequence[RuleSection]) -> tuple[RuleIdentity, ...]:
         place = f"data.clean[{number}] ({section.rule})"
         _check_settings(place, function, section.settings)
         files = tuple((path, _hash(place, path)) for path in _files(section.settings))
-        identities.append(RuleIdentity(section.rule, section.model_dump_json(exclude={"rule"}), files, source_sha256))
+        identities.append(RuleIdentity(section.rule, _spell_settings(section), files, source_sha256))
     return tuple(identities)
 
 
@@ -55,18 +64,18 @@ def bind_rules(sections: Sequence[RuleSection], source: str) -> list[tuple[str, 
 
 
 def apply_rules(rules: Sequence[tuple[str, Rule]], document: Document) -> Document | Dropped:
-    """What is left of a document. Raises RuntimeError naming rule and document when a rule does not do its part."""
+    """What is left of a document. Raises RuleError naming rule and document when a rule does not do its part."""
     for name, rule in rules:
         try:
             verdict = rule(document)
         except UserError:
             raise
         except Exception as error:
-            raise RuntimeError(f"the rule {name} failed on {_place(document)}: {type(error).__name__}: {error}") from error
+            raise RuleError(f"the rule {name} failed on {_place(document)}: {type(error).__name__}: {error}") from error
         if isinstance(verdict, str):
             return Dropped(document, verdict)
         if not isinstance(cast(object, verdict), Document):
-            raise RuntimeError(
+            raise RuleError(
                 f"the rule {name} gave a {type(verdict).__name__} for {_place(document)}; wanted the document, or a reason as a string"
             )
         document = verdict
@@ -111,6 +120,11 @@ def _check_settings(place: str, function: Callable[..., Any], settings: dict[str
     missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in settings]
     if missing:
         raise UserError(f"{place}: needs settings: {{{', '.join(f'{name}: ...' for name in missing)}}}.")
+
+
+def _spell_settings(section: RuleSection) -> str:
+    settings = {key: value for key, value in section.settings.items() if key not in FILE_SETTINGS}
+    return json.dumps({"settings": settings, "sources": section.sources}, sort_keys=True)
 
 
 def _files(settings: dict[str, Any]) -> list[str]:

@@ -5,16 +5,16 @@ record (`<name>.json`) of counts and hashes in it, written last. Equal tasks wri
 cut off or damaged is simply made again.
 """
 
+import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from configs.durable import commit_folder, remove_folders, sha256_of_file
 from configs.errors import UserError
+from configs.sealed import seal, unseal
 from data_pipeline.manifest import FileRecord, Record
 from data_pipeline.ownership import is_owned_by
 
@@ -36,13 +36,18 @@ Made = TypeVar("Made", bound=CommittedRecord)
 def load_folder(folder: Path, record_name: str, kind: type[Made], fingerprint: str) -> Made | None:
     """The record of a folder that is whole, bit for bit, and made of just this; None otherwise."""
     try:
-        record = kind.model_validate_json((folder / record_name).read_bytes(), strict=True)
+        record = read_record(folder / record_name, kind)
         if record.fingerprint != fingerprint:
             return None
         whole = all(sha256_of_file(folder / name) == file.sha256 for name, file in record.files.items())
-    except (OSError, ValidationError):
+    except (OSError, ValueError):
         return None
     return record if whole else None
+
+
+def read_record(path: Path, kind: type[Made]) -> Made:
+    """A record as it was written. Raises OSError; ValueError (a ValidationError is one) for what is not, or not whole."""
+    return kind.model_validate_json(json.dumps(unseal(path.read_bytes())), strict=True)
 
 
 def make_folder(root: Path, token: str, folder: Path, record_name: str, fill: Callable[[Path], Made], is_there: Callable[[], bool]) -> Made:
@@ -54,7 +59,7 @@ def make_folder(root: Path, token: str, folder: Path, record_name: str, fill: Ca
     temporary.mkdir(parents=True)
     try:
         record = fill(temporary)
-        (temporary / record_name).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (temporary / record_name).write_bytes(seal(record.model_dump(mode="json")))
         if not is_owned_by(root, token):
             raise UserError(f"{root}: another build has taken this folder over.")
         if folder.exists():
@@ -69,9 +74,10 @@ def make_folder(root: Path, token: str, folder: Path, record_name: str, fill: Ca
         remove_folders([temporary])
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Sizes and hashes of everything in a folder, by name. Raises OSError."""
-    return {path.name: record_file(path) for path in sorted(folder.iterdir())}
+def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
+    """Sizes and hashes of everything in a folder, by name; those that are `known` are not read again. Raises OSError."""
+    known = known or {}
+    return {path.name: known.get(path.name) or record_file(path) for path in sorted(folder.iterdir())}
 
 
 def record_file(path: Path) -> FileRecord:
@@ -103,8 +109,8 @@ def settle_folders(parent: Path, record_name: str, fingerprints: list[str]) -> N
 
 def _read_fingerprint(path: Path) -> str | None:
     try:
-        return CommittedRecord.model_validate_json(path.read_bytes(), extra="ignore").fingerprint
-    except (OSError, ValidationError, ValueError):
+        return str(unseal(path.read_bytes())["fingerprint"])
+    except (OSError, ValueError, KeyError):
         return None
 
 

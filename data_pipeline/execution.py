@@ -154,7 +154,14 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
     with _environment(settings):
         try:
             on_stop = signal.getsignal(signal.SIGTERM)
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+            except ConnectionError as error:
+                raise UserError(
+                    f"the Ray cluster that RAY_ADDRESS names ({os.environ.get('RAY_ADDRESS')}) cannot be joined: "
+                    f"{str(error).splitlines()[0]} Is it up, and is its token here (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)? "
+                    "Without RAY_ADDRESS this machine's cores do the work."
+                ) from None
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_stop)  # Ray takes it, dumps its stack, and ends without a word of ours
             yield

@@ -263,7 +263,7 @@ def _describe(source: SourceSection, root: Path, path: Path, kind: str, function
         name.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"data source {source.name!r}: the file name {os.fsencode(name)!r} is not UTF-8; rename it.") from None
-    if kind == "megatron" and not index_path(path).is_file():
+    if kind == "megatron" and (index_path(path).is_symlink() or not index_path(path).is_file()):
         raise UserError(_no_index(source, str(path)))
     return _input_file(source, str(root), name, kind, *describe_local(path, kind), function_sha256)
 

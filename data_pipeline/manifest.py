@@ -7,7 +7,6 @@ many workers the dataset was built: equal input gives an equal file.
 import json
 from collections import Counter
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from configs.durable import sha256_of_file, write_file
 from configs.errors import UserError
+from configs.sealed import seal, unseal
 from data_pipeline.shards import Shard
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-CHECKSUM = "sha256"  # the last key of the file: of all that stands before it
 TOKENIZER = "tokenizer.json"
 UNITS = "units"
 Split = Literal["train", "held_out"]
@@ -145,12 +144,7 @@ class Manifest(Record):
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`: from here on the dataset is finished. Raises OSError."""
-    found = manifest.model_dump(mode="json")
-    write_file(folder / MANIFEST, _spell({**found, CHECKSUM: sha256(_spell(found)).hexdigest()}))
-
-
-def _spell(found: dict[str, Any]) -> bytes:
-    return (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+    write_file(folder / MANIFEST, seal(manifest.model_dump(mode="json")))
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -167,20 +161,22 @@ def load_manifest(folder: Path) -> Manifest:
             ) from None
         raise UserError(f"{folder}: no dataset is here (no {MANIFEST}); build it with `pretrain data build RUN.yaml`.") from None
     try:
-        found = json.loads(content)
-        if isinstance(found, dict) and found.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        version = _version_of(content)
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format version {found['format_version']}, this program reads {FORMAT_VERSION}; "
-                "build the dataset again into another data.root."
+                f"{path}: format version {version}, this program reads {FORMAT_VERSION}; build the dataset again into another data.root."
             )
-        checksum = found.pop(CHECKSUM)
-        if sha256(_spell(found)).hexdigest() != checksum:
-            raise ValueError("its content does not have the SHA-256 that its last line says; at least one bit has changed")
-        return Manifest.model_validate_json(json.dumps(found), strict=True)
-    except (ValueError, ValidationError, AttributeError, TypeError, KeyError) as error:
+        return Manifest.model_validate_json(json.dumps(unseal(content)), strict=True)
+    except (ValueError, ValidationError) as error:
         raise UserError(
             f"{path}: not a manifest ({str(error).splitlines()[0]}); `pretrain data build RUN.yaml --rebuild` makes it again."
         ) from None
+
+
+def _version_of(content: bytes) -> Any:
+    """The format version that a manifest names, before anything else of it is believed; ours where it names none."""
+    found = json.loads(content)
+    return found.get("format_version", FORMAT_VERSION) if isinstance(found, dict) else FORMAT_VERSION
 
 
 def manifest_hash(folder: Path) -> str:

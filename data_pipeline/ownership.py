@@ -11,11 +11,13 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from configs.durable import write_file
@@ -24,6 +26,7 @@ from configs.errors import UserError
 OWNER = ".owner.json"
 LOCK = ".lock"
 SCRATCH_PREFIX = "pretrain-"
+OWNER_SECONDS = 2
 
 
 @contextmanager
@@ -33,16 +36,18 @@ def own_folder(folder: Path) -> Generator[str, None, None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        owner = _read_owner(folder)
+        owner = _await_owner(folder)
         raise UserError(
             f"{folder}: another build is at work there (process {owner.get('pid', '?')} on {owner.get('host', '?')}); "
             "wait until it is done, or choose another data.root."
         ) from None
     try:
-        _clear_scratch(_read_owner(folder))
+        left = _scratch_left(_read_owner(folder))
+        _remove_all(left)
         token = secrets.token_hex(8)
-        _write_owner(folder, token, None)
+        _write_owner(folder, token, None, left)
         yield token
+        _remove_all(left)  # again: what a killed build's Ray left may have made its folder anew before it noticed
         (folder / OWNER).unlink(missing_ok=True)
     finally:
         lock.release()
@@ -57,7 +62,7 @@ def scratch_folder(folder: Path, token: str) -> Generator[Path, None, None]:
     below = tempfile.gettempdir()
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=below if len(os.fsencode(below)) <= 18 else "/tmp"))
     try:
-        _write_owner(folder, token, scratch)
+        _write_owner(folder, token, scratch, _scratch_left(_read_owner(folder)))
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -68,9 +73,28 @@ def is_owned_by(folder: Path, token: str) -> bool:
     return _read_owner(folder).get("token") == token
 
 
-def _write_owner(folder: Path, token: str, scratch: Path | None) -> None:
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": token, "scratch": scratch and str(scratch)}
+def _write_owner(folder: Path, token: str, scratch: Path | None, left: list[Path]) -> None:
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "token": token,
+        "scratch": scratch and str(scratch),
+        "left": [str(path) for path in left],
+    }
     write_file(folder / OWNER, json.dumps(owner).encode())
+
+
+def _await_owner(folder: Path) -> dict[str, Any]:
+    """Who holds the lock: it writes its name right after it has it, so a name of nobody who is alive is an older one's."""
+    deadline = time.monotonic() + OWNER_SECONDS
+    while True:
+        owner = _read_owner(folder)
+        here = owner.get("host") == socket.gethostname()
+        if owner and (not here or psutil.pid_exists(int(owner.get("pid", -1)))):
+            return owner
+        if time.monotonic() > deadline:
+            return {}
+        time.sleep(0.02)
 
 
 def _read_owner(folder: Path) -> dict[str, Any]:
@@ -81,11 +105,16 @@ def _read_owner(folder: Path) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _clear_scratch(owner: dict[str, Any]) -> None:
-    """Remove the temporary folder of a build that was killed here: we hold its lock, so it is gone."""
-    scratch = owner.get("scratch")
-    if owner.get("host") != socket.gethostname() or not isinstance(scratch, str):
-        return
-    path = Path(scratch)
-    if path.name.startswith(SCRATCH_PREFIX) and path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid():
-        shutil.rmtree(path, ignore_errors=True)
+def _scratch_left(owner: dict[str, Any]) -> list[Path]:
+    """Temporary folders on this host of builds that were killed: whoever reads this holds their lock, so they are gone."""
+    if owner.get("host") != socket.gethostname():
+        return []
+    named = [owner.get("scratch"), *owner.get("left", [])]
+    paths = [Path(name) for name in named if isinstance(name, str)]
+    return [path for path in paths if path.name.startswith(SCRATCH_PREFIX)]
+
+
+def _remove_all(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)

@@ -56,7 +56,7 @@ def cleaning_facts(recipe: Recipe, files: Sequence[InputFile]) -> list[Any]:
     return [
         FORMAT_VERSION,
         [{key: value for key, value in asdict(file).items() if key != "root"} for file in files],
-        [asdict(rule) for rule in recipe.rules],
+        [rule.facts() for rule in recipe.rules],
         recipe.libraries,
         recipe.data.largest_document_bytes,
     ]

@@ -63,7 +63,7 @@ def write_report(root: Path, report: dict[str, Any], num_units: int) -> None:
         lines = [line for _, line in heapq.nsmallest(EXAMPLES, examples)]
         # A rule of the user's own names its reasons: the file keeps to letters that are safe everywhere.
         name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in reason)[:100]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_file(folder / f"{name}.jsonl", "".join(lines).encode("utf-8"))
     write_file(root / REPORT, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
 
 

@@ -7,7 +7,7 @@ finished.
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pyarrow
 import pyarrow.ipc
 
-from data_pipeline.cleaning import apply_rules, bind_rules
+from data_pipeline.cleaning import RuleError, apply_rules, bind_rules
 from data_pipeline.committed import CommittedRecord, load_folder, make_folder, process_peak_bytes, record_files
 from data_pipeline.disk import explain_file_errors
 from data_pipeline.documents import Document, Dropped, Rejected, TokenDocument
@@ -129,8 +129,9 @@ def read_for_sampling(recipe: Recipe, unit: WorkUnit) -> Iterator[Document]:
     rules = bind_rules(recipe.data.clean, unit.files[0].source)
     with closing(read_unit(unit, recipe.data.largest_document_bytes)) as items:
         for item in items:
-            if isinstance(item, Document) and isinstance(cleaned := apply_rules(rules, item), Document):
-                yield cleaned
+            with suppress(RuleError):  # the unit that meets it again will name it
+                if isinstance(item, Document) and isinstance(cleaned := apply_rules(rules, item), Document):
+                    yield cleaned
 
 
 def read_surveyed(folder: Path, dropped: dict[int, str], tally: Tally) -> Iterator[Document]:

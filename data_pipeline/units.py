@@ -6,7 +6,7 @@ left out (`quarantine.jsonl`, `dropped.jsonl`); and `unit.json` with counts, has
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from configs.errors import UserError
 from data_pipeline.adopt import IdBytes, adopt_ids, measure_ids
-from data_pipeline.committed import CommittedRecord, load_folder, make_folder, process_peak_bytes, record_file, record_files
-from data_pipeline.dedup import REASONS, load_duplicates
+from data_pipeline.committed import CommittedRecord, load_folder, make_folder, process_peak_bytes, read_record, record_file, record_files
+from data_pipeline.dedup import REASONS, UnitDuplicates, load_duplicates
 from data_pipeline.disk import explain_file_errors
 from data_pipeline.documents import Document, Rejected, TokenDocument, place_document
 from data_pipeline.encoding import Encoder, UncuttableError, check_ids, encode, open_encoder
@@ -135,12 +135,12 @@ def _fill(task: UnitTask, folder: Path) -> UnitRecord:
             shards[split] = made
     documents = tally.close()
     if task.surveyed is not None:
-        surveyed = SurveyRecord.model_validate_json((_survey_folder(task) / SURVEY_RECORD).read_bytes(), strict=True)
+        surveyed = read_record(_survey_folder(task) / SURVEY_RECORD, SurveyRecord)
         documents, inputs = _join(surveyed.documents, documents), list(surveyed.inputs)
         prepend_examples(_survey_folder(task), folder)
     return UnitRecord(
         fingerprint=task.fingerprint(),
-        files=record_files(folder),
+        files=record_files(folder, {name: file for made in shards.values() for shard in made for name, file in shard.files.items()}),
         source=task.unit.files[0].source,
         documents=documents,
         inputs=tuple(inputs),
@@ -148,6 +148,11 @@ def _fill(task: UnitTask, folder: Path) -> UnitRecord:
         lowest=(lowest,) if lowest else (),
         highest=(highest,) if highest else (),
     )
+
+
+def hash_duplicates(found: UnitDuplicates) -> str:
+    """SHA-256 of a unit's list of duplicates."""
+    return sha256(found.ordinals.tobytes() + found.reasons.tobytes()).hexdigest()
 
 
 def _survey_folder(task: UnitTask) -> Path:
@@ -168,6 +173,8 @@ def _read(task: UnitTask, tally: Tally, inputs: list[InputRecord]) -> Iterator[D
     if task.surveyed is None:
         return read_cleaned(task.recipe, task.unit, tally, inputs)
     found = load_duplicates(task.surveyed.duplicates, task.surveyed.place)
+    if hash_duplicates(found) != task.surveyed.duplicates_sha256:
+        raise UserError(f"{task.surveyed.duplicates} was changed while the build read it; start the same command again.")
     dropped = {ordinal: REASONS[code] for ordinal, code in zip(found.ordinals.tolist(), found.reasons.tolist(), strict=True)}
     return read_surveyed(_survey_folder(task), dropped, tally)
 
