@@ -4,6 +4,7 @@ In: a case. Out: whether each was found, and the file named. A finished dataset 
 folder through `load_folder`, which every start asks before it keeps one; and some unfinished datasets are built to their end.
 """
 
+import json
 import random
 import shutil
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import DataSection
+from configs.sealed import unseal
 from data_pipeline.committed import CommittedRecord, load_folder
 from data_pipeline.manifest import verify_dataset
 from data_pipeline.survey import SurveyRecord
@@ -95,7 +97,7 @@ def _load(path: Path, content: bytes) -> str:
     """What is wrong with what becomes of a committed folder, one file of which was flipped; nothing where it is not kept."""
     name, kind = COMMITTED[path.parent.parent.name]
     record = path.parent / name
-    before = kind.model_validate_json(content if path == record else record.read_bytes())
+    before = kind.model_validate_json(json.dumps(unseal(content if path == record else record.read_bytes())), strict=True)
     after = load_folder(path.parent, name, kind, before.fingerprint)
     return "" if after is None else "kept as it is" if after == before else "kept, and believed"
 
