@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,21 @@ def _scratch_left(owner: dict[str, Any]) -> list[Path]:
 
 
 def _remove_all(paths: list[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid():
-            shutil.rmtree(path, ignore_errors=True)
+    ours = [path for path in paths if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid()]
+    if ours:
+        _end_orphans(ours)
+    for path in ours:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_orphans(scratches: list[Path]) -> None:
+    """End what a killed build left running: processes to which it gave a file of its temporary folder. Some would try for a
+    minute to reach it, and make the folder anew."""
+    ended: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            values = process.environ().values() if process.pid != os.getpid() else ()
+            if any(value.startswith(f"{scratch}/") for value in values for scratch in scratches):
+                process.kill()
+                ended.append(process)
+    psutil.wait_procs(ended, timeout=5)
