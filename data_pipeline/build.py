@@ -36,7 +36,7 @@ from data_pipeline.manifest import (
     load_manifest,
     write_manifest,
 )
-from data_pipeline.ownership import own_folder, scratch_folder
+from data_pipeline.ownership import OWNER, own_folder, scratch_folder
 from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts, library_versions
 from data_pipeline.report import StageReport, describe_build, write_report
 from data_pipeline.sampling import SAMPLED_UNITS, sample_texts
@@ -125,7 +125,7 @@ def _keep_finished(root: Path, described: dict[str, Any], plan: Plan, held: str 
     manifest = load_manifest(root)
     _refuse_changes(root, find_changes(root, described, plan, manifest))
     check_sizes(root, manifest)
-    if held is None and _leftovers(root):  # a kill came between the manifest and the tidying
+    if held is None and (_leftovers(root) or (root / OWNER).exists()):  # a kill came between the manifest and the tidying
         with suppress(UserError, OSError), own_folder(root):
             _tidy(root)
     return BuildResult("unchanged", root, manifest, len(plan.units), len(plan.units), plan.skipped)

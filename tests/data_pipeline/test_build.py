@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -272,6 +273,22 @@ def test_input_that_changes_under_the_build_is_refused(corpus, data_for, build):
         build_dataset(data, lambda _: None, lambda workers, scratch: contextlib.nullcontext(change))
     assert not (Path(data.folder()) / "manifest.json").exists()
     assert stored_texts(build(data, rebuild=True).folder)["odd/text-23.txt", 0] == "changed"
+
+
+def test_what_a_kill_behind_the_manifest_left_goes(corpus, data_for, build, hashes):
+    data = data_for(corpus)
+    folder = build(data).folder
+    before = hashes(folder)
+    scratch = corpus.parent / "pretrain-left"
+    scratch.mkdir()
+    for name in ("survey/00000/texts.arrow", "duplicates/units.npy", "units/.tmp-00001-ab/train-00000.bin"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(b"left")
+    (folder / ".manifest.json.0123456789ab.tmp").write_bytes(b"left")
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "token": "dead", "scratch": str(scratch)}
+    (folder / ".owner.json").write_text(json.dumps(dead))
+    assert build(data).outcome == "unchanged"
+    assert hashes(folder) == before and not scratch.exists() and not (folder / ".owner.json").exists()
 
 
 def test_concurrent_build_is_refused_and_the_first_unharmed(corpus, data_for, build):
