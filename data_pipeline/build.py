@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.schema import DataSection
 from configs.sealed import seal, unseal
 from data_pipeline.changes import check_sizes, describe_configuration, describe_plan, find_changes, write_plan
-from data_pipeline.cleaning import identify_rules
+from data_pipeline.cleaning import RuleError, identify_rules
 from data_pipeline.committed import TEMPORARY_PREFIX, settle_folders
 from data_pipeline.dedup import find_duplicates, load_duplicates
 from data_pipeline.disk import check_room, explain_file_errors
@@ -94,13 +94,18 @@ def build_dataset(data: DataSection, report: Report, engine: Engine = open_ray, 
                 if not rebuild:  # another build ended between the look and the lock
                     return _keep_finished(root, described, plan, token)
                 (root / MANIFEST).unlink()  # from here on nobody trains on what is about to change
-            elif not rebuild:
+            elif not rebuild and _is_begun(root):
                 _refuse_changes(root, find_changes(root, described, plan, None))
             check_room(root, plan.files)
             write_plan(root, described)
             recipe = Recipe(root, token, data, rules, libraries, root / TOKENIZER)
             with scratch_folder(root, token) as scratch, engine(data.workers or count_cores(), scratch) as run:
                 return _build(recipe, plan, report, run)
+
+
+def _is_begun(root: Path) -> bool:
+    """Whether an unfinished build has finished anything that another configuration would throw away."""
+    return any(next((root / below).glob("[0-9]*"), None) for below in (UNITS, SURVEY))
 
 
 def _leftovers(root: Path) -> list[Path]:
@@ -187,8 +192,11 @@ def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report) -> None:
         report(Progress("tokenizer", min(done, total - 1), total, f"{num_bytes / 1e6:.1f} MB sampled", num_bytes=num_bytes))
 
     sampled = 0
-    texts = sample_texts(plan.units, settings.training_bytes, lambda unit: read_for_sampling(recipe, unit), tell)
+    failures: list[RuleError] = []
+    texts = sample_texts(plan.units, settings.training_bytes, lambda unit: read_for_sampling(recipe, unit, failures), tell)
     tokenizer = train_tokenizer(texts, settings.vocabulary_size, settings.end_of_text)
+    if not sampled and failures:
+        raise UserError(f"no document passes data.clean: {failures[0]}; mend that rule or its settings.")
     if not sampled:
         raise UserError(
             f"{len(plan.files)} files of data.sources hold no usable text (all empty, not readable as text, or dropped by "
@@ -257,16 +265,21 @@ def _check_quarantine(root: Path, data: DataSection, by_unit: dict[int, Document
     documents = sum(by_unit.values(), DocumentCounts())
     unreadable = {index: _num_unreadable(counts) for index, counts in by_unit.items()}
     num_unreadable = sum(unreadable.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in [*documents.quarantined.items(), *documents.dropped.items()])
     if num_unreadable > data.quarantine_limit * documents.read:
         worst = max(sorted(unreadable), key=lambda index: unreadable[index])
+        reasons = _spell_counts({reason: count for reason, count in documents.quarantined.items() if reason != "empty"})
         raise UserError(
             f"{num_unreadable} of {documents.read} documents cannot be used ({reasons}), more than data.quarantine_limit "
             f"{data.quarantine_limit} allows; each is named in {root / below}/*/{QUARANTINE}, most of them in "
             f"{root / below / f'{worst:05d}' / QUARANTINE}. Mend them or raise the limit; the finished units are kept."
         )
     if by_unit and not documents.kept:
+        reasons = _spell_counts({**documents.quarantined, **documents.dropped})
         raise UserError(f"the data sources hold no usable text: {documents.read} documents were read, none was kept ({reasons or 'none'}).")
+
+
+def _spell_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def _num_unreadable(documents: DocumentCounts) -> int:

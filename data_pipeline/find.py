@@ -330,7 +330,15 @@ def _fields_of(file: InputFile, largest_bytes: int) -> list[str] | None:
         return list(dataset.column_names or row or []) or None
     if ":" in file.kind:
         with local_copy(file) as path:
-            row = next(iter(call_function(file, path)), None)
+            try:
+                row = next(iter(call_function(file, path)), None)
+            except UserError:
+                raise
+            except Exception as error:  # whatever the user's function raises
+                said = f"{type(error).__name__}: {error}"
+                raise UserError(
+                    f"data source {file.source!r}: {file.kind} failed on {file.location}: {said}; mend that function."
+                ) from error
         return list(row) if isinstance(row, dict) else None
     with open_file(file) as stream:
         return first_record_fields(file, stream) if file.kind == "warc" else first_fields(file, stream, largest_bytes)

@@ -7,7 +7,7 @@ finished.
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,14 +124,19 @@ def read_cleaned(recipe: Recipe, unit: WorkUnit, tally: Tally, inputs: list[Inpu
                 yield cleaned
 
 
-def read_for_sampling(recipe: Recipe, unit: WorkUnit) -> Iterator[Document]:
-    """A unit's documents after cleaning, to train a tokenizer on; nothing is counted. Raises OSError, UserError."""
+def read_for_sampling(recipe: Recipe, unit: WorkUnit, failures: list[RuleError]) -> Iterator[Document]:
+    """A unit's documents after cleaning, to train a tokenizer on; nothing is counted. Raises OSError, UserError.
+
+    A document on which a rule fails is passed over and noted: the unit that meets it again will be named with it.
+    """
     rules = bind_rules(recipe.data.clean, unit.files[0].source)
     with closing(read_unit(unit, recipe.data.largest_document_bytes)) as items:
         for item in items:
-            with suppress(RuleError):  # the unit that meets it again will name it
+            try:
                 if isinstance(item, Document) and isinstance(cleaned := apply_rules(rules, item), Document):
                     yield cleaned
+            except RuleError as error:
+                failures.append(error)
 
 
 def read_surveyed(folder: Path, dropped: dict[int, str], tally: Tally) -> Iterator[Document]:

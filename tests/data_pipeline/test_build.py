@@ -118,14 +118,27 @@ def test_too_much_quarantine_stops_and_continues(corpus, data_for, build):
     for number in range(3):
         (corpus / f"bad-{number}.txt").write_bytes(b"\xff\xfe")
         (corpus / f"empty-{number}.txt").write_bytes(b"")  # counted, but nothing of it is lost
-    with pytest.raises(
-        UserError, match=r"3 of 30 documents cannot be used \(3 bad_utf8, 3 empty\).*units/0000\d/quarantine.jsonl"
-    ) as caught:
+    with pytest.raises(UserError, match=r"3 of 30 documents cannot be used \(3 bad_utf8\).*units/0000\d/quarantine.jsonl") as caught:
         build(data_for(corpus, quarantine_limit=0.099))
     assert "finished units are kept" in str(caught.value)
     result = build(data_for(corpus, quarantine_limit=0.1))
     assert result.num_units_kept == result.num_units > 1
     assert result.manifest.documents.quarantined == {"bad_utf8": 3, "empty": 3}
+
+
+def test_a_failing_rule_is_named_and_its_mending_goes_on(corpus, data_for, build):
+    """Nothing was finished: the mended run file is not held against what never came to be."""
+    broken = (RuleSection(rule="gopher_quality", settings={"min_words": "many"}),)
+    with pytest.raises(UserError, match=r"no document passes data.clean: the rule gopher_quality failed on document 0 of .*TypeError"):
+        build(data_for(corpus, clean=broken))
+    assert build(data_for(corpus)).outcome == "built"
+
+
+def test_a_failing_reader_of_ones_own_is_named(corpus, data_for, build, tmp_path, monkeypatch):
+    (tmp_path / "failing_reader.py").write_text("def read(path):\n    raise ValueError('boom')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"data source 'mine': failing_reader:read failed on .*text-00.txt: ValueError: boom; mend that"):
+        build(data_for(corpus, format="failing_reader:read"))
 
 
 def test_no_usable_text_is_said(tmp_path, data_for, build):
