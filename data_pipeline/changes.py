@@ -18,11 +18,9 @@ from configs.sealed import seal, unseal
 from data_pipeline.cleaning import RuleIdentity
 from data_pipeline.formats import hash_input
 from data_pipeline.input_file import InputFile
-from data_pipeline.manifest import SPLITS, InputRecord, Manifest
+from data_pipeline.manifest import PLAN, SPLITS, InputRecord, Manifest
 from data_pipeline.sources import Plan
 from data_pipeline.tokenizer import tokenizer_hash
-
-PLAN = "plan.json"  # beside the manifest, which must not depend on when a file was touched
 
 
 def describe_configuration(data: DataSection) -> dict[str, Any]:

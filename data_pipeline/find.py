@@ -21,6 +21,7 @@ from data_pipeline.fetch import MAGIC, VERSION_SEPARATOR, check_secrets, describ
 from data_pipeline.formats import call_function, first_fields
 from data_pipeline.hub import open_hub
 from data_pipeline.input_file import InputFile, index_path
+from data_pipeline.manifest import PLAN, UNITS
 from data_pipeline.web import first_record_fields
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
@@ -28,6 +29,7 @@ JSONL_SUFFIXES = tuple(suffix + packed for suffix in (".jsonl", ".ndjson") for p
 JSON_SUFFIXES = tuple(".json" + packed for packed in ("", ".gz", ".zst"))
 WARC_SUFFIXES = tuple(suffix + packed for suffix in (".warc", ".wet") for packed in ("", ".gz", ".zst"))
 SYMLINK = "symlink"  # beside suffixes in the count of what was skipped
+DATASET = "of a dataset"
 FIRST_ROW_FILES = 16  # of a source's files so many are tried for a first row
 
 
@@ -207,12 +209,18 @@ def _walk(source: SourceSection, root: Path, folder: Path, pattern: str, dataset
     def through_link(folder: Path) -> bool:
         return folder != root and (folder.is_symlink() or through_link(folder.parent))
 
+    @lru_cache(maxsize=1024)
+    def in_dataset(folder: Path) -> bool:
+        return folder != root and (((folder / UNITS).is_dir() and (folder / PLAN).is_file()) or in_dataset(folder.parent))
+
     for path in _glob(source, folder, pattern):
         parts = path.relative_to(root).parts
         if any(part.startswith(".") for part in parts) or installed.intersection(parts) or path.is_relative_to(dataset):
             continue
         if path.is_symlink() or through_link(path.parent):
             passed[SYMLINK] += 1
+        elif in_dataset(path.parent):  # what another build made, examples of dropped documents among it, is no text of the user's
+            passed[DATASET] += 1
         elif path.is_file():
             yield path
 

@@ -20,6 +20,7 @@ from data_pipeline.shards import Shard
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # beside the manifest, which must not depend on when a file was touched
 TOKENIZER = "tokenizer.json"
 UNITS = "units"
 Split = Literal["train", "held_out"]

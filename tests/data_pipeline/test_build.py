@@ -141,6 +141,22 @@ def test_a_failing_reader_of_ones_own_is_named(corpus, data_for, build, tmp_path
         build(data_for(corpus, format="failing_reader:read"))
 
 
+def test_datasets_below_a_source_are_no_input(corpus, data_for, build):
+    rules = (RuleSection(rule="length", settings={"max_characters": 10}),)
+    with pytest.raises(UserError, match="no usable text"):
+        build(data_for(corpus, root="corpus/unfinished", clean=rules, tokenizer=TokenizerSection(path=str(tokenizer_file(corpus.parent)))))
+    inside = build(data_for(corpus, root="corpus/inside"))
+    outside = build(data_for(corpus))
+    assert inside.manifest.documents == outside.manifest.documents and outside.manifest.documents.read == 24
+    assert outside.skipped["of a dataset"] > 5
+
+
+def tokenizer_file(folder: Path) -> Path:
+    path = folder / "given-tokenizer.json"
+    path.write_text(conductor.train_tokenizer(["a"], 300, END).to_str())
+    return path
+
+
 def test_no_usable_text_is_said(tmp_path, data_for, build):
     folder = tmp_path / "corpus"
     folder.mkdir()
