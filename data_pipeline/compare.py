@@ -15,7 +15,8 @@ import numpy as np
 from configs.durable import sha256_of_file
 from configs.errors import UserError
 from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, ShardRecord, Split, load_manifest
-from data_pipeline.show import BATCH_ROWS, describe_sources, input_parts, read_columns, tokenizer_facts
+from data_pipeline.report import describe_sources
+from data_pipeline.show import BATCH_ROWS, input_parts, read_columns, tokenizer_facts
 
 SplitRecord = tuple[Split, ShardRecord]
 ID_BYTES = 12  # of a document's id, in memory

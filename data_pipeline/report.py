@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.durable import remove_folders, write_file
-from data_pipeline.manifest import SPLITS, UNITS, Counts, Manifest
+from data_pipeline.manifest import SPLITS, UNITS, Counts, Manifest, ShardRecord
 from data_pipeline.tally import DROPPED, EXAMPLES
 
 REPORT = "report.json"
@@ -41,11 +41,27 @@ class StageReport:
 
 def describe_build(manifest: Manifest, stages: Iterable[StageReport], facts: dict[str, Any]) -> dict[str, Any]:
     """The report, ready for JSON: by source what was read, kept, dropped, quarantined, and what every stage took."""
-    sources: dict[str, Any] = {}
-    for name, documents in manifest.sources.items():
-        shards = [shard.sources[name] for split in SPLITS for shard in manifest.shards(split) if name in shard.sources]
-        sources[name] = {**documents.model_dump(), **sum(shards, Counts()).model_dump()}
-    return {"documents": manifest.documents.model_dump(), "sources": sources, "stages": [_rates(stage) for stage in stages], **facts}
+    return {
+        "documents": manifest.documents.model_dump(),
+        "sources": describe_sources(manifest),
+        "stages": [_rates(stage) for stage in stages],
+        **facts,
+    }
+
+
+def describe_sources(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Of every source: documents read and kept, dropped and quarantined by reason, tokens and bytes of both splits."""
+    stored = sum_by_source([shard for split in SPLITS for shard in manifest.shards(split)])
+    return {name: {**documents.model_dump(), **stored.get(name, Counts()).model_dump()} for name, documents in manifest.sources.items()}
+
+
+def sum_by_source(shards: Iterable[ShardRecord]) -> dict[str, Counts]:
+    """What each source gave to these shards, sorted by its name."""
+    sums: dict[str, Counts] = {}
+    for shard in shards:
+        for name, counts in shard.sources.items():
+            sums[name] = sums.get(name, Counts()) + counts
+    return dict(sorted(sums.items()))
 
 
 def write_report(root: Path, report: dict[str, Any], num_units: int) -> None:

@@ -6,7 +6,7 @@ written. No more is read than is shown: the manifest, and single documents.
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from configs.durable import sha256_of_file
 from configs.errors import UserError
 from data_pipeline.manifest import MANIFEST, SPLITS, TOKENIZER, Counts, Manifest, ShardRecord, Split, load_manifest
-from data_pipeline.report import EXAMPLES_FOLDER
+from data_pipeline.report import EXAMPLES_FOLDER, describe_sources, sum_by_source
 from data_pipeline.shards import Shard, read_spans
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -84,21 +84,6 @@ def show_dataset(folder: Path) -> dict[str, Any]:
         "libraries": manifest.libraries,
         "examples": _examples(folder, manifest),
     }
-
-
-def describe_sources(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Of every source: documents read and kept, dropped and quarantined by reason, tokens and bytes of both splits."""
-    stored = sum_by_source([shard for split in SPLITS for shard in manifest.shards(split)])
-    return {name: {**documents.model_dump(), **stored.get(name, Counts()).model_dump()} for name, documents in manifest.sources.items()}
-
-
-def sum_by_source(shards: Iterable[ShardRecord]) -> dict[str, Counts]:
-    """What each source gave to these shards, sorted by its name."""
-    sums: dict[str, Counts] = {}
-    for shard in shards:
-        for name, counts in shard.sources.items():
-            sums[name] = sums.get(name, Counts()) + counts
-    return dict(sorted(sums.items()))
 
 
 def sample_documents(folder: Path, source: str | None, split: Split, count: int, seed: int, num_tokens: int) -> list[ShownDocument]:

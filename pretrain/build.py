@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from configs.schema import DataSection
-from data_pipeline.show import describe_sources
+from data_pipeline.report import describe_sources
 from pretrain.data_view import SHOWN_ROWS, Rows, tabulate_reasons, tabulate_sources
 from pretrain.page import LINE_SECONDS, Page, spell_duration, spell_rate
 
