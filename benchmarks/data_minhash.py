@@ -1,203 +1,52 @@
 """How fast and how well near duplicates are found: ours against datasketch, datatrove, and rensa on shingles as strings.
 
-In: nothing; the documents, of some 3 kB each, are cut from the text that comes with Python and the system. Out: a table, or
-with `--json` one object per row: name, unit, ours, peer, ratio, target, met, and the spread over the rounds.
+In: nothing; the documents are cut from the text of this machine (`minhash_pairs.py`). Out: a table, or with `--json` one
+object per row: name, unit, ours, peer, ratio, target, met, and the spread over the rounds.
 
     .venv/bin/python benchmarks/data_minhash.py --peer-python FOLDER/bin/python
 
 Memory is read as Linux shows it.
 
-A library is a peer where the given Python (else this one) imports it. All run on one thread each, in turns, each round on
-documents of its own, the same for all.
+A library is a peer where the given Python (else this one) imports it (`minhash_peers.py`). All run on one thread each, in
+turns, each round on documents of its own, the same for all.
 """
 
 import argparse
 import json
 import os
-import random
-import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from minhash_pairs import DOCUMENT_CHARACTERS, SHINGLE_WORDS, cut_documents, jaccard, plant, shingle_set
+from minhash_peers import BANDS, PEERS, PERMUTATIONS, Array, Peer
 
-Array = np.ndarray[Any, Any]
-Sign = Callable[[Sequence[str]], tuple[Array, Array]]
+from configs.schema import DeduplicationSection, NearDuplicatesSection
+from data_pipeline.dedup import count_matches, find_duplicates, near_partition, needed_matches
+from data_pipeline.minhash import band_hashes, signatures
+from data_pipeline.signature_files import write_survey
+from data_pipeline.union_find import connected_components
 
-PERMUTATIONS, BANDS, SHINGLE_WORDS, SIMILARITY = 128, 16, 5, 0.8
-DOCUMENT_CHARACTERS = 3000
+SIMILARITY = 0.8
+SETTINGS = NearDuplicatesSection(similarity=SIMILARITY, num_permutations=PERMUTATIONS, num_bands=BANDS, shingle_words=SHINGLE_WORDS)
 ROUNDS = 5
-PEERS = ("rensa on strings", "datasketch", "datatrove")
-PACKAGE_OF = {"rensa on strings": "rensa", "datasketch": "datasketch", "datatrove": "datatrove"}
-WORDS = re.compile(r"[^\W_]+")
 TARGET_SPEED = 5000
 TARGET_RECALL = 0.99
 TARGET_MEMORY = 500
 
 
-def cut_documents(count: int) -> list[str]:
-    """Distinct documents from the text at hand, a few from each file so that they are of many kinds."""
-    roots = [sysconfig.get_path("stdlib"), "/usr/share/doc", sysconfig.get_path("purelib")]
-    files = [
-        file for root in roots for ending in ("*.py", "*.txt", "*.rst", "*.md", "copyright") for file in sorted(Path(root).rglob(ending))
-    ]
-    random.Random(1).shuffle(files)
-    found: dict[str, None] = {}
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        for first in range(0, min(len(text) - DOCUMENT_CHARACTERS, 6 * DOCUMENT_CHARACTERS) + 1, DOCUMENT_CHARACTERS):
-            found.setdefault(text[first : first + DOCUMENT_CHARACTERS])
-        if len(found) >= count:
-            return list(found)[:count]
-    raise SystemExit(f"only {len(found)} documents of {DOCUMENT_CHARACTERS} characters in {roots}, not {count}")
-
-
-def shingle_set(text: str) -> set[tuple[str, ...]]:
-    """The truth: the words of the text, five by five, as tuples."""
-    words = WORDS.findall(text.casefold())
-    return {tuple(words[place : place + SHINGLE_WORDS]) for place in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-
-
-def jaccard(first: set[Any], second: set[Any]) -> float:
-    """Shared shingles over all shingles."""
-    return len(first & second) / len(first | second)
-
-
-def plant(documents: Sequence[str], count: int) -> tuple[list[str], list[tuple[int, int]]]:
-    """Edited copies whose true similarity is 0.9 or more, and the pairs (document, its copy behind all documents)."""
-    rng = random.Random(2)
-    copies: list[str] = []
-    pairs: list[tuple[int, int]] = []
-    while len(copies) < count:
-        index = rng.randrange(len(documents))
-        parts = re.split(r"(\s+)", documents[index])
-        for _ in range(rng.randint(1, 5)):
-            place = rng.randrange(0, len(parts), 2)
-            parts[place] = rng.choice(["", "edited", parts[place] + " and more", parts[place][::-1]])
-        copy = "".join(parts)
-        if 0.9 <= jaccard(shingle_set(documents[index]), shingle_set(copy)) < 1:
-            pairs.append((index, len(documents) + len(copies)))
-            copies.append(copy)
-    return copies, pairs
-
-
 def sign_with_ours(texts: Sequence[str]) -> tuple[Array, Array]:
     """Signatures and the hashes of their bands, by the module under test."""
-    from configs.schema import NearDuplicatesSection  # in here: the peers' Python lacks ours
-    from data_pipeline.minhash import band_hashes, signatures
-
-    settings = NearDuplicatesSection(similarity=SIMILARITY, num_permutations=PERMUTATIONS, num_bands=BANDS, shingle_words=SHINGLE_WORDS)
-    found = [signatures(texts[first : first + 200], settings) for first in range(0, len(texts), 200)]
+    found = [signatures(texts[first : first + 200], SETTINGS) for first in range(0, len(texts), 200)]
     return np.concatenate(found), np.concatenate([band_hashes(block, BANDS) for block in found])
-
-
-def string_shingles(text: str) -> list[str]:
-    """What one writes who has a library for the hashing only."""
-    words = WORDS.findall(text.casefold())
-    return [" ".join(words[place : place + SHINGLE_WORDS]) for place in range(max(1, len(words) - SHINGLE_WORDS + 1))]
-
-
-def pack_bands(signed: Array) -> Array:
-    """The bands as their numbers side by side, the cheapest key there is."""
-    return signed.reshape(len(signed), BANDS, -1).view(f"V{signed.itemsize * PERMUTATIONS // BANDS}")[:, :, 0]
-
-
-def prepare_peer(name: str) -> Sign:
-    """A peer's function of texts to signatures [texts, permutations] and bands. Raises ImportError."""
-    if name == "rensa on strings":
-        from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
-
-        def sign_rensa(texts: Sequence[str]) -> tuple[Array, Array]:
-            matrix = RMinHash.digest_matrix_from_token_sets([string_shingles(text) for text in texts], PERMUTATIONS, 1)
-            signed = np.array(matrix.to_rows(), dtype=np.uint32)
-            return signed, pack_bands(signed)
-
-        return sign_rensa
-    if name == "datasketch":
-        from datasketch import MinHash  # pyright: ignore[reportMissingImports]
-
-        def sign_datasketch(texts: Sequence[str]) -> tuple[Array, Array]:
-            sets = [[shingle.encode() for shingle in string_shingles(text)] for text in texts]
-            signed = np.stack([sketch.hashvalues for sketch in MinHash.bulk(sets, num_perm=PERMUTATIONS)])
-            return signed, pack_bands(signed)
-
-        return sign_datasketch
-    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature  # pyright: ignore[reportMissingImports]
-
-    step = MinhashDedupSignature(
-        tempfile.mkdtemp(), MinhashConfig(n_grams=SHINGLE_WORDS, num_buckets=BANDS, hashes_per_bucket=PERMUTATIONS // BANDS)
-    )
-
-    def sign_datatrove(texts: Sequence[str]) -> tuple[Array, Array]:
-        signed = np.array([step.get_signature(step.get_shingles(text)) for text in texts], dtype=np.uint64)
-        signed = signed.reshape(len(texts), PERMUTATIONS)
-        return signed, pack_bands(signed)
-
-    return sign_datatrove
-
-
-def serve(name: str) -> None:
-    """A peer's process: first line its version, then for each line (a file of texts, a file to write) the seconds taken."""
-    try:
-        sign = prepare_peer(name)
-        sign(["some words to start with, of no interest to anybody"])  # models and tables are loaded once
-        print(json.dumps({"version": version(PACKAGE_OF[name])}), flush=True)
-    except Exception as error:  # whatever a library says when it cannot start is the reason in the table
-        print(json.dumps({"why": f"{type(error).__name__}: {error}"[:200]}), flush=True)
-        return
-    for line in sys.stdin:
-        source, target = json.loads(line)
-        texts = json.loads(Path(source).read_text(encoding="utf-8"))
-        started = time.perf_counter()
-        signed, _ = sign(texts)
-        seconds = time.perf_counter() - started
-        np.save(target, (signed & np.uint64(0xFFFFFFFF)).astype(np.uint32))  # ours are of 32 bits, and the same stage judges all
-        print(json.dumps(seconds), flush=True)
-
-
-class Peer:
-    """A library in a process of its own."""
-
-    def __init__(self, name: str, python: str) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [python, __file__, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        answer = json.loads(self._read() or '{"why": "its Python does not start"}')
-        self.why: str | None = answer.get("why")
-        self.label = f"{name} {answer.get('version', '')}".strip()
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def sign(self, texts: Sequence[str], folder: Path) -> tuple[float, Array]:
-        """Seconds, and the signatures."""
-        source, target = folder / "texts.json", folder / "signed.npy"
-        source.write_text(json.dumps(texts), encoding="utf-8")
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([str(source), str(target)]) + "\n")
-        self.process.stdin.flush()
-        return float(json.loads(self._read())), np.load(target)
-
-    def close(self) -> None:
-        """End the process by ending its input."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def row(name: str, unit: str, ours: float, target: float | None = None, most: bool = False, **more: Any) -> dict[str, Any]:
@@ -230,19 +79,13 @@ def measure_speed(documents: Sequence[str], peers: Sequence[Peer], folder: Path)
 
 def cluster(signed: Array, folder: Path) -> tuple[Array, Callable[[int, int], bool]]:
     """Each document's cluster by our stage, and whether two documents were found alike by themselves."""
-    from configs.schema import NearDuplicatesSection
-    from data_pipeline.dedup import connected_components, count_matches, near_partition, needed_matches
-    from data_pipeline.minhash import band_hashes
-    from data_pipeline.signature_files import write_survey
-
-    settings = NearDuplicatesSection(similarity=SIMILARITY, num_permutations=PERMUTATIONS, num_bands=BANDS, shingle_words=SHINGLE_WORDS)
     with tempfile.TemporaryDirectory(dir=folder) as survey:
-        write_survey(Path(survey), np.zeros((len(signed), 2), dtype=np.uint64), [signed], settings)
-        edges = [near_partition([Path(survey)], band, 0, 1, None, settings).pairs for band in range(BANDS)]
+        write_survey(Path(survey), np.zeros((len(signed), 2), dtype=np.uint64), [signed], SETTINGS)
+        edges = [near_partition([Path(survey)], band, 0, 1, None, SETTINGS).pairs for band in range(BANDS)]
     bands = band_hashes(signed, BANDS)
 
     def alike(first: int, second: int) -> bool:
-        return bool((bands[first] == bands[second]).any() and count_matches(signed[first], signed[second]) >= needed_matches(settings))
+        return bool((bands[first] == bands[second]).any() and count_matches(signed[first], signed[second]) >= needed_matches(SETTINGS))
 
     return connected_components(np.concatenate(edges), len(signed)), alike
 
@@ -324,10 +167,6 @@ def watch_memory(stop: threading.Event, peak: list[int]) -> None:
 
 def stage(num_documents: int) -> None:
     """A process of its own: a synthetic survey of 40 units, and the whole stage over it; prints seconds and peak memory."""
-    from configs.schema import DeduplicationSection, NearDuplicatesSection
-    from data_pipeline.dedup import find_duplicates
-    from data_pipeline.signature_files import write_survey
-
     near = NearDuplicatesSection(num_permutations=32, num_bands=16)
     rng = np.random.default_rng(1)
     num_units = 40
@@ -366,9 +205,6 @@ def stage(num_documents: int) -> None:
 
 def long_document(kind: str) -> None:
     """A process of its own: the signature of a document of 50 MB; prints the process's peak memory, in bytes, and seconds."""
-    from configs.schema import NearDuplicatesSection
-    from data_pipeline.minhash import signatures
-
     part, times, end = {
         "letters": ("a b c d e ", 5_000_000, ""),
         "one word": ("a", 50_000_000, ""),
@@ -422,13 +258,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object per row")
     parser.add_argument("--quick", action="store_true", help="fewer documents: less than a minute")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that imports the peers")
-    parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--long", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # one core; rensa starts its threads at first use
-    if options.serve:
-        return serve(options.serve)
     if options.stage:
         return stage(options.stage)
     if options.long:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +19,7 @@ from configs.errors import UserError
 from configs.schema import DataSection
 from configs.sealed import seal, unseal
 from data_pipeline.changes import check_sizes, describe_configuration, describe_plan, find_changes, write_plan
-from data_pipeline.cleaning import RuleError, identify_rules
+from data_pipeline.cleaning import identify_rules
 from data_pipeline.committed import TEMPORARY_PREFIX, settle_folders
 from data_pipeline.dedup import find_duplicates, load_duplicates
 from data_pipeline.disk import check_room, explain_file_errors
@@ -39,11 +40,12 @@ from data_pipeline.manifest import (
 from data_pipeline.ownership import OWNER, own_folder, scratch_folder
 from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts, library_versions
 from data_pipeline.report import StageReport, describe_build, write_report
-from data_pipeline.sampling import SAMPLED_UNITS, sample_texts
+from data_pipeline.sampling import SAMPLED_UNITS, Sample, SampleTask, sample_texts, take_sample
 from data_pipeline.shards import token_dtype
-from data_pipeline.sources import Plan, plan_units
+from data_pipeline.sources import Plan, WorkUnit, plan_units
 from data_pipeline.stages import Progress, Report, run_stage
-from data_pipeline.survey import RECORD, SURVEY, SurveyTask, read_for_sampling, write_survey
+from data_pipeline.survey import RECORD, SURVEY, SurveyTask, write_survey
+from data_pipeline.survivors import Survivors
 from data_pipeline.tally import QUARANTINE
 from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
 from data_pipeline.units import UNIT, Surveyed, UnitRecord, UnitTask, hash_duplicates, write_unit
@@ -149,7 +151,7 @@ def _refuse_changes(root: Path, changes: list[str]) -> None:
 
 def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
     root, data = recipe.root, recipe.data
-    _prepare_tokenizer(recipe, plan, report)
+    _prepare_tokenizer(recipe, plan, report, run)
     recipe = replace(recipe, tokenizer_sha256=tokenizer_hash(root / TOKENIZER))
     stages: list[StageReport] = []
     tasks, facts = _deduplicate(recipe, plan, report, run, stages) if data.deduplicate else ([UnitTask(recipe, u) for u in plan.units], {})
@@ -162,7 +164,7 @@ def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
     report(Progress("manifest", 0, 1, "writing the manifest"))
     manifest = _describe(recipe, [records[task.unit.index] for task in tasks])
     described = describe_build(manifest, stages, {**facts, "workers": data.workers or count_cores()})
-    write_report(root, described, len(plan.units))
+    write_report(root, described, len(plan.units), Survivors(tasks).name)
     write_manifest(root, manifest)
     _tidy(root)
     report(Progress("manifest", 1, 1, f"{manifest.total('train').num_tokens} tokens to train on"))
@@ -170,7 +172,7 @@ def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
     return BuildResult("built", root, manifest, len(plan.units), num_kept, plan.skipped, described)
 
 
-def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report) -> None:
+def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report, run: Run) -> None:
     """Put `tokenizer.json` into the dataset: the given one, the one that an earlier start trained, or a new one."""
     path, origin = recipe.root / TOKENIZER, recipe.root / TOKENIZER_ORIGIN
     settings = recipe.data.tokenizer
@@ -185,6 +187,13 @@ def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report) -> None:
         if unseal(origin.read_bytes()) == {"made_of": fingerprint, "tokenizer_sha256": tokenizer_hash(path)}:
             return
     total = min(len(plan.units), SAMPLED_UNITS)
+    report(Progress("tokenizer", 0, total, "starting the workers"))
+
+    def take(unit: WorkUnit, share_bytes: int) -> Sample:
+        [(_, sample)] = _run_all(run, take_sample, [SampleTask(recipe, unit, share_bytes)])
+        if sample.failure:
+            failures.append(sample.failure)
+        return sample
 
     def tell(done: int, num_bytes: int) -> None:
         nonlocal sampled
@@ -192,8 +201,8 @@ def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report) -> None:
         report(Progress("tokenizer", min(done, total - 1), total, f"{num_bytes / 1e6:.1f} MB sampled", num_bytes=num_bytes))
 
     sampled = 0
-    failures: list[RuleError] = []
-    texts = sample_texts(plan.units, settings.training_bytes, lambda unit: read_for_sampling(recipe, unit, failures), tell)
+    failures: list[str] = []
+    texts = sample_texts(plan.units, settings.training_bytes, take, tell)
     tokenizer = train_tokenizer(texts, settings.vocabulary_size, settings.end_of_text)
     if not sampled and failures:
         raise UserError(f"no document passes data.clean: {failures[0]}; mend that rule or its settings.")
@@ -236,20 +245,22 @@ def _find_duplicates(recipe: Recipe, tasks: list[SurveyTask], report: Report, ru
         if found["made_of"] == fingerprint and found["files"] == _hash_files(work):
             return found["counts"]
 
-    def run_all(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
-        with closing(run(function, tasks)) as done:
-            for task, result in done:
-                if isinstance(result, Failed):
-                    raise UserError(f"{task} could not be done: {result.reason}. Mend that, then start the same command again.")
-                yield task, result
-
     folders = [task.folder for task in tasks]
     duplicates = find_duplicates(
-        folders, settings, work, run_all, lambda step, done, total: report(Progress("duplicates", done, total, step))
+        folders, settings, work, partial(_run_all, run), lambda step, done, total: report(Progress("duplicates", done, total, step))
     )
     counts = asdict(duplicates.counts)
     write_file(work / DUPLICATES_FOUND, seal({"made_of": fingerprint, "counts": counts, "files": _hash_files(work)}))
     return counts
+
+
+def _run_all(run: Run, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
+    """As `run` does, but every task is needed: raises UserError naming the first that could not be done."""
+    with closing(run(function, tasks)) as done:
+        for task, result in done:
+            if isinstance(result, Failed):
+                raise UserError(f"{task} could not be done: {result.reason}. Mend that, then start the same command again.")
+            yield task, result
 
 
 def _hash_files(work: Path) -> dict[str, str]:

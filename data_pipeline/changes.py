@@ -16,6 +16,7 @@ from configs.errors import UserError
 from configs.schema import DataSection
 from configs.sealed import seal, unseal
 from data_pipeline.cleaning import RuleIdentity
+from data_pipeline.compare import differing_keys
 from data_pipeline.formats import hash_input
 from data_pipeline.input_file import InputFile
 from data_pipeline.manifest import PLAN, SPLITS, InputRecord, Manifest
@@ -80,6 +81,8 @@ def find_changes(root: Path, described: dict[str, Any], plan: Plan, manifest: Ma
     if not before:
         return []
     changes = _changed_keys(before["configuration"], described["configuration"])
+    # One line says that a source came, went or has another name: its files are not listed with it.
+    both = _source_names(before["configuration"]) & _source_names(described["configuration"])
     changes += _changed_rules(before["rules"], described["rules"])
     if described["tokenizer_sha256"] and described["tokenizer_sha256"] != (
         manifest.tokenizer_sha256 if manifest else before["tokenizer_sha256"]
@@ -90,7 +93,7 @@ def find_changes(root: Path, described: dict[str, Any], plan: Plan, manifest: Ma
         pairs = [(key, before["libraries"].get(key), described["libraries"].get(key)) for key in keys]
         changes += [f"{key}: was version {old}, is {new}" for key, old, new in pairs if old != new]
     if manifest is None:
-        return changes + _changed_files(before["files"], described["files"], {})
+        return changes + _changed_files(both, before["files"], described["files"], {})
     records: dict[str, list[InputRecord]] = {}
     for record in manifest.inputs:
         records.setdefault(f"{record.source}:{record.file}", []).append(record)
@@ -103,7 +106,7 @@ def find_changes(root: Path, described: dict[str, Any], plan: Plan, manifest: Ma
         for file in plan.files
         if (key := f"{file.source}:{file.name}") in known and known[key][0] == file.num_bytes and known[key][1] != file.version
     }
-    changes += _changed_files(known, described["files"], touched)
+    changes += _changed_files(both, known, described["files"], touched)
     if touched and not changes:
         with suppress(OSError):  # only the next comparison would be quicker
             write_plan(root, described)
@@ -128,12 +131,30 @@ def _changeable(section: Any) -> set[str]:
 
 
 def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    before, now = _flat(before), _flat(now)
     return [
-        f"data.{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.endswith((".path", ".paths"))  # a moved file is compared by its bytes
+        _spell_change(key, old, new)
+        for key, (old, new) in sorted(differing_keys(before, now).items())
+        # A moved file is compared by its bytes; a mapping of such a name is a source's.
+        if isinstance(old or new, dict) or not key.endswith((".path", ".paths"))
     ]
+
+
+def _spell_change(key: str, old: Any, new: Any) -> str:
+    match (old, new):
+        case (None, {"name": name}) if key == f"sources.{name}":
+            return f"data.sources: {name} was added"
+        case ({"name": name}, None) if key == f"sources.{name}":
+            return f"data.sources: {name} was removed"
+        case (str(), str()) if key == f"sources.{new}.name":
+            return f"data.sources: {old} was renamed to {new}"
+        case (list(), list()) if key == "sources":
+            return f"data.sources: were in the order {', '.join(old)}, are in the order {', '.join(new)}"
+        case _:
+            return f"data.{key}: was {old!r}, is {new!r}"
+
+
+def _source_names(configuration: dict[str, Any]) -> set[str]:
+    return {source["name"] for source in configuration["sources"]}
 
 
 def _changed_rules(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
@@ -150,7 +171,9 @@ def _changed_rules(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> l
     return changes
 
 
-def _changed_files(before: dict[str, Any], now: dict[str, Any], touched: dict[str, bool]) -> list[str]:
+def _changed_files(sources: set[str], before: dict[str, Any], now: dict[str, Any], touched: dict[str, bool]) -> list[str]:
+    """A line for each file of these sources that differs; `touched` says of those with another time whether the bytes are equal."""
+    before, now = ({key: file for key, file in files.items() if key.partition(":")[0] in sources} for files in (before, now))
     changes = [f"{key}: was there, is gone" for key in before.keys() - now.keys()]
     changes += [f"{key}: was not there" for key in now.keys() - before.keys()]
     for key in before.keys() & now.keys():
@@ -168,17 +191,3 @@ def _has_bytes_of(parts: list[InputFile], records: list[InputRecord]) -> bool:
         return False
     hashed = [found for part in parts if (found := hash_input(part, part.path)) is not None]
     return hashed == [(record.sha256, record.bytes) for record in records]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; the sources by their names, so that one in front of them does not rename the rest."""
-    if isinstance(value, list):
-        named = all(isinstance(item, dict) and "name" in item for item in value)
-        value = {item["name"] if named else str(number): item for number, item in enumerate(value)}
-    flat: dict[str, Any] = {}
-    for key, below in value.items():
-        if isinstance(below, dict) or (isinstance(below, list) and below and isinstance(below[0], dict)):
-            flat |= _flat(below, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = below
-    return flat

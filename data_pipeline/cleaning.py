@@ -7,11 +7,14 @@ a user's own source), and for each document either what is kept of it or which r
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from configs.durable import sha256_of_file
 from configs.errors import UserError
@@ -22,6 +25,7 @@ from data_pipeline.documents import Document, Dropped, Rule
 
 RULES: dict[str, Callable[..., Document | str]] = {**normalize.RULES, **filters.RULES, **language.RULES, **decontaminate.RULES}
 FILE_SETTINGS = ("path", "paths")  # what a rule reads under these names is part of what it does
+SHOWN_CHARACTERS = 80
 
 
 class RuleError(RuntimeError):
@@ -46,21 +50,34 @@ class RuleIdentity:
 
 
 def identify_rules(sections: Sequence[RuleSection]) -> tuple[RuleIdentity, ...]:
-    """What `data.clean` comes to. Raises UserError: an unknown rule or setting, a missing file, an unusable function."""
+    """What `data.clean` comes to.
+
+    Raises UserError: an unknown rule or setting, a setting of the wrong type or out of its range, a missing file, an unusable
+    function.
+    """
     identities: list[RuleIdentity] = []
     for number, section in enumerate(sections):
         function, source_sha256 = _find(section.rule)
-        place = f"data.clean[{number}] ({section.rule})"
-        _check_settings(place, function, section.settings)
-        files = tuple((path, _hash(place, path)) for path in _files(section.settings))
+        place = _name_section(number, section)
+        _read_settings(place, function, section.settings)
+        files = tuple((path, _hash(place, path)) for path in _files(place, section.settings))
         identities.append(RuleIdentity(section.rule, _spell_settings(section), files, source_sha256))
     return tuple(identities)
 
 
 def bind_rules(sections: Sequence[RuleSection], source: str) -> list[tuple[str, Rule]]:
-    """The rules for a source's documents, ready to be applied, by name. Raises UserError as `identify_rules` does."""
-    ours = [section for section in sections if section.sources is None or source in section.sources]
-    return [(section.rule, partial(_find(section.rule)[0], **section.settings)) for section in ours]
+    """The rules for a source's documents, ready to be applied, by name. Raises UserError as `identify_rules` does.
+
+    A setting reaches its rule as the function's annotation says: a list as a tuple, or a text as a path, where that is what it
+    takes; without an annotation as the run file has it.
+    """
+    bound: list[tuple[str, Rule]] = []
+    for number, section in enumerate(sections):
+        if section.sources is None or source in section.sources:
+            function, _ = _find(section.rule)
+            settings = _read_settings(_name_section(number, section), function, section.settings)
+            bound.append((section.rule, partial(function, **settings)))
+    return bound
 
 
 def apply_rules(rules: Sequence[tuple[str, Rule]], document: Document) -> Document | Dropped:
@@ -82,18 +99,31 @@ def apply_rules(rules: Sequence[tuple[str, Rule]], document: Document) -> Docume
     return document if document.text else Dropped(document, "nothing_left")
 
 
-def describe_rules() -> dict[str, str]:
-    """Every rule of ours: its name with its settings and their values, and what it does."""
-    described: dict[str, str] = {}
-    for name, function in RULES.items():
-        settings = [parameter for parameter in inspect.signature(function).parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
-        shown = ", ".join(one.name if one.default is one.empty else f"{one.name}={one.default!r}" for one in settings)
-        described[f"{name}({shown})"] = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-    return described
+def describe_rules() -> dict[str, dict[str, Any]]:
+    """Every rule of ours by name, ready for JSON: its `summary`, and its `settings`, which are by name too.
+
+    A setting has its `type` (as JSON Schema) and its `default`; one that has to be given has none.
+    """
+    return {
+        name: {
+            "summary": (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " "),
+            "settings": {key: _describe_setting(parameter) for key, parameter in _settings_of(function).items()},
+        }
+        for name, function in RULES.items()
+    }
+
+
+def _describe_setting(parameter: inspect.Parameter) -> dict[str, Any]:
+    described: dict[str, Any] = {"type": TypeAdapter(parameter.annotation).json_schema()}
+    return described if parameter.default is parameter.empty else {**described, "default": parameter.default}
+
+
+def _name_section(number: int, section: RuleSection) -> str:
+    return f"data.clean[{number}] ({section.rule})"
 
 
 def _place(document: Document) -> str:
-    return f"document {document.position} of {document.file} (source {document.source})"
+    return f"the document at position {document.position} of {document.file} (source {document.source})"
 
 
 @lru_cache(maxsize=256)
@@ -109,17 +139,67 @@ def _find(name: str) -> tuple[Callable[..., Document | str], str]:
     return RULES[name], ""
 
 
-def _check_settings(place: str, function: Callable[..., Any], settings: dict[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known = [name for name, parameter in list(parameters.items())[1:] if parameter.kind is not parameter.VAR_KEYWORD]
-    for key in settings:
-        if key not in known and not takes_any:
+def _settings_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters behind the document, by name."""
+    return dict(list(inspect.signature(function).parameters.items())[1:])
+
+
+def _read_settings(place: str, function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as the function's annotations say. Raises UserError: one that it has not, or lacks, or cannot take."""
+    known = _settings_of(function)
+    rest = next((known.pop(name) for name in list(known) if known[name].kind is inspect.Parameter.VAR_KEYWORD), None)
+    read: dict[str, Any] = {}
+    for key, value in settings.items():
+        parameter = known.get(key, rest)
+        if parameter is None:
             near = difflib.get_close_matches(key, known, 1)
-            raise UserError(f"{place}: no setting {key!r}; {f'did you mean {near[0]!r}?' if near else f'it has: {known}'}")
-    missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in settings]
+            raise UserError(f"{place}: no setting {key!r}; {f'did you mean {near[0]!r}?' if near else f'it has: {list(known)}'}")
+        read[key] = _read_value(f"{place}: setting {key!r}", value, _annotation(function, parameter))
+    missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in settings]
     if missing:
         raise UserError(f"{place}: needs settings: {{{', '.join(f'{name}: ...' for name in missing)}}}.")
+    return read
+
+
+def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """What a parameter's values have to be; Any where the function does not say, or only to those who check types."""
+    annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+    except Exception:  # whatever it names is there only for those who check types
+        return Any
+
+
+def _read_value(place: str, value: Any, annotation: Any) -> Any:
+    """A value of a run file as the annotation has it. Raises UserError beginning with `place` if it is none of these."""
+    try:
+        written = json.dumps(value)  # what does not fit as it is may fit as what JSON has for it: a list, a text
+    except (TypeError, ValueError):
+        raise UserError(f"{place}: found {value!r}, wanted numbers, texts, true, false, null, or lists and sections of them.") from None
+    try:
+        adapter = TypeAdapter[Any](annotation)
+        with suppress(ValidationError):
+            return _keep(adapter.validate_python(value, strict=True))
+        return _keep(adapter.validate_json(written, strict=True))
+    except PydanticUserError:  # a type of the user's own, of which nobody here knows what may stand for it
+        return value
+    except ValidationError as error:
+        wanted = " or ".join(dict.fromkeys(_wanted(problem) for problem in error.errors()))
+        found = json.dumps(value, ensure_ascii=False)
+        shown = found if len(found) <= SHOWN_CHARACTERS else f"{found[:SHOWN_CHARACTERS]}..."
+        raise UserError(f"{place}: found {shown}, wanted {wanted}; correct it.") from None
+
+
+def _keep(read: Any) -> Any:
+    """What pydantic made of an Iterable can be read only once, which would be for the first document."""
+    return tuple(read) if isinstance(read, Iterator) else read
+
+
+def _wanted(problem: Any) -> str:
+    place = "".join(f"[{part}]" for part in problem["loc"] if isinstance(part, int))
+    return problem["msg"].removeprefix("Input should be ").removeprefix("Value should have ") + (f" at {place}" if place else "")
 
 
 def _spell_settings(section: RuleSection) -> str:
@@ -127,11 +207,12 @@ def _spell_settings(section: RuleSection) -> str:
     return json.dumps({"settings": settings, "sources": section.sources}, sort_keys=True)
 
 
-def _files(settings: dict[str, Any]) -> list[str]:
+def _files(place: str, settings: dict[str, Any]) -> list[str]:
+    """The files that a rule reads, which are known by content. Raises UserError for what is not the name of any."""
     found: list[str] = []
     for key in FILE_SETTINGS:
-        value = settings.get(key)
-        found += [value] if isinstance(value, str) else list(value or ())
+        value = _read_value(f"{place}: setting {key!r}", settings.get(key), filters.Paths | None)
+        found += filters.as_tuple(value or ())
     return found
 
 

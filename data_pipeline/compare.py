@@ -37,7 +37,7 @@ def compare_datasets(first: Path, second: Path) -> dict[str, Any]:
         "equal": equal,
         "folders": [str(first), str(second)],
         "sha256": hashes,
-        "configuration": _differing_keys(_without_rules(one), _without_rules(other)),
+        "configuration": differing_keys(_without_rules(one), _without_rules(other)),
         "rules": _compare_rules(one.rules, other.rules),
         "libraries": _differing(one.libraries, other.libraries),
         "tokenizer": _differing(tokenizer_facts(one), tokenizer_facts(other)),
@@ -48,6 +48,42 @@ def compare_datasets(first: Path, second: Path) -> dict[str, Any]:
         "shards": {key: len(records) for key, records in shards.items()},
         "documents": _compare_documents(first, second, shards),
     }
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """Dotted keys of two configurations that differ, with both values; None where there is none.
+
+    What has a name in a list (a source) is matched by it, so that one in front does not rename the rest: one that differs in its
+    name alone was renamed, and the list itself differs where those that both have stand in another order. Other lists of mappings
+    are matched place by place.
+    """
+    pairs: dict[str, list[Any]] = {}
+    for key, (left, right) in _pair(one, other).items():
+        below, other_below = _items(left), _items(right)
+        if below is not None and other_below is not None and type(left) is type(right):
+            if isinstance(left, list):
+                below = _follow_names(below, other_below)
+                if [name for name in below if name in other_below] != [name for name in other_below if name in below]:
+                    pairs[f"{prefix}{key}"] = [list(below), list(other_below)]
+            pairs |= differing_keys(below, other_below, f"{prefix}{key}.")
+        elif left != right:
+            pairs[f"{prefix}{key}"] = [left, right]
+    return pairs
+
+
+def _items(value: Any) -> dict[str, Any] | None:
+    """What stands below a value, by key, by name or by place; None where it is no mapping and no list of mappings to be told apart."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        items = {str(item.get("name", place)): item for place, item in enumerate(value)}
+        return items if len(items) == len(value) else None
+    return value if isinstance(value, dict) else None
+
+
+def _follow_names(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The items of `one` under the names that they have in `other`, where only the name of one differs."""
+    gone, new = one.keys() - other.keys(), other.keys() - one.keys()
+    renamed = {old: name for old in gone for name in new if {**one[old], "name": name} == other[name]}
+    return {renamed.get(name, name): item for name, item in one.items()}
 
 
 def _compare_shards(one: Manifest, other: Manifest) -> dict[str, list[SplitRecord]]:
@@ -136,25 +172,6 @@ def _compare_rules(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]
 
 def _without_rules(manifest: Manifest) -> dict[str, Any]:
     return {key: value for key, value in manifest.configuration.items() if key != "clean"}
-
-
-def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
-    """Dotted keys; sources by their names, so that one in front of them does not rename the rest."""
-    pairs: dict[str, list[Any]] = {}
-    for key, (left, right) in _pair(one, other).items():
-        names, other_names = _by_name(left), _by_name(right)
-        if isinstance(names, dict) and isinstance(other_names, dict):
-            pairs |= _differing_keys(names, other_names, f"{prefix}{key}.")
-            if isinstance(left, list) and sorted(names) == sorted(other_names) and list(names) != list(other_names):
-                pairs[f"{prefix}{key}"] = [list(names), list(other_names)]
-        elif left != right:
-            pairs[f"{prefix}{key}"] = [left, right]
-    return pairs
-
-
-def _by_name(value: Any) -> Any:
-    named = isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value)
-    return {item["name"]: item for item in value} if named else value
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import zstandard
+from pydantic import Field
 
 from configs.errors import UserError
+from configs.schema import PositiveInt
 from data_pipeline.documents import Document
+from data_pipeline.filters import Paths, as_tuple
 
 WORD = re.compile(r"[^\W_]+")
 # Every ASCII character as it is compared: letters in lower case, digits, a space for all others.
@@ -39,12 +42,14 @@ class _Runs(NamedTuple):
 
     hashes: "np.ndarray[Any, np.dtype[np.uint64]]"
     starts: "np.ndarray[Any, np.dtype[np.int64]]"
-    """Where each run stands in `_Evaluations.words`."""
+    """Where each run stands in `Evaluations.words`."""
     is_there: "np.ndarray[Any, np.dtype[np.bool_]]"
     """Whether some hash starts with these bits."""
 
 
-class _Evaluations(NamedTuple):
+class Evaluations(NamedTuple):
+    """What is looked for: runs of words as runs of numbers."""
+
     numbers: dict[str, int]
     """Word -> its number, from 1; 0 is any other word."""
     words: "np.ndarray[Any, np.dtype[np.int64]]"
@@ -56,11 +61,11 @@ class _Evaluations(NamedTuple):
 def decontaminate(
     document: Document,
     *,
-    paths: str | Sequence[str],
-    fields: Sequence[str] = ("text",),
-    ngram_words: int = 13,
-    shortest_words: int = 8,
-    minimum_overlap: int = 1,
+    paths: Paths,
+    fields: Annotated[Sequence[str], Field(min_length=1)] = ("text",),
+    ngram_words: PositiveInt = 13,
+    shortest_words: PositiveInt = 8,
+    minimum_overlap: PositiveInt = 1,
 ) -> Document | str:
     """Drop a document that shares a run of 13 words with an evaluation set (GPT-3, appendix C).
 
@@ -69,26 +74,50 @@ def decontaminate(
     fewer than `shortest_words` (GPT-3: 8): such a text is everywhere. minimum_overlap: so many places of the document must
     match. Reason: contaminated. Raises UserError if a file cannot be read or holds no text to look for.
     """
-    evaluations = _load_evaluations(_as_tuple(paths), tuple(fields), ngram_words, shortest_words)
-    return "contaminated" if len(_find_places(document.text, evaluations, minimum_overlap)) >= minimum_overlap else document
+    evaluations = load_evaluations(as_tuple(paths), tuple(fields), ngram_words, shortest_words)
+    return document if find_overlap(document.text, evaluations, minimum_overlap) is None else "contaminated"
 
 
-def find_overlap(
-    document: Document,
-    *,
-    paths: str | Sequence[str],
-    fields: Sequence[str] = ("text",),
-    ngram_words: int = 13,
-    shortest_words: int = 8,
-    minimum_overlap: int = 1,
-) -> str | None:
-    """The first run of words for which `decontaminate` drops the document, as it is compared; None if it stays."""
-    evaluations = _load_evaluations(_as_tuple(paths), tuple(fields), ngram_words, shortest_words)
-    places = _find_places(document.text, evaluations, minimum_overlap)
+@lru_cache(maxsize=4)
+def load_evaluations(paths: tuple[str, ...], fields: tuple[str, ...], ngram_words: int, shortest_words: int) -> Evaluations:
+    """The texts that `decontaminate` looks for, by its settings. Raises UserError as it does."""
+    numbers: dict[str, int] = {}
+    texts: list[list[int]] = []
+    for path in paths:
+        found = [split_plain_words(text) for text in _read_texts(path, fields)]
+        long_enough = [words for words in found if len(words) >= min(shortest_words, ngram_words)]
+        if not long_enough:
+            raise UserError(
+                f"{path}: no text of at least {min(shortest_words, ngram_words)} words in the fields {', '.join(fields)}; "
+                "name the right fields, or take the file out of paths."
+            )
+        texts += [[numbers.setdefault(word, len(numbers) + 1) for word in words] for words in long_enough]
+    words = np.concatenate([np.array(text, dtype=np.int64) for text in texts])
+    starts: dict[int, list[Any]] = {}
+    end = 0
+    for text in texts:
+        num_words = min(len(text), ngram_words)
+        starts.setdefault(num_words, []).append(np.arange(end, end + len(text) - num_words + 1))
+        end += len(text)
+    wanted = {num_words: np.concatenate(parts) for num_words, parts in starts.items()}
+    return Evaluations(
+        numbers,
+        words,
+        {
+            num_words: _order_runs(hashes[wanted[num_words]], wanted[num_words])
+            for num_words, hashes in _hash_runs(words, max(wanted))
+            if num_words in wanted
+        },
+    )
+
+
+def find_overlap(text: str, evaluations: Evaluations, minimum_overlap: int) -> str | None:
+    """The first of the runs of words for which a text is contaminated, as it is compared; None if there are not enough."""
+    places = _find_places(text, evaluations, minimum_overlap)
     if len(places) < minimum_overlap:
         return None
     start, num_words = min(places)
-    return " ".join(split_plain_words(document.text)[start : start + num_words])
+    return " ".join(split_plain_words(text)[start : start + num_words])
 
 
 def split_plain_words(text: str) -> list[str]:
@@ -98,7 +127,7 @@ def split_plain_words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def _find_places(text: str, evaluations: _Evaluations, enough: int) -> list[tuple[int, int]]:
+def _find_places(text: str, evaluations: Evaluations, enough: int) -> list[tuple[int, int]]:
     """Where runs stand that evaluations hold: (number of the first word, number of words). Stops when there are enough."""
     words = split_plain_words(text)
     numbers = np.fromiter(map(evaluations.numbers.get, words, repeat(0)), dtype=np.int64, count=len(words))
@@ -131,42 +160,6 @@ def _hash_runs(numbers: Any, longest: int) -> Iterator[tuple[int, Any]]:
         if num_words > 1:
             hashes = hashes[:-1] * MULTIPLIER + mixed[num_words - 1 :]
         yield num_words, (hashes ^ (hashes >> np.uint64(29))) * MIXER
-
-
-def _as_tuple(paths: str | Sequence[str]) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else tuple(paths)
-
-
-@lru_cache(maxsize=4)
-def _load_evaluations(paths: tuple[str, ...], fields: tuple[str, ...], ngram_words: int, shortest_words: int) -> _Evaluations:
-    numbers: dict[str, int] = {}
-    texts: list[list[int]] = []
-    for path in paths:
-        found = [split_plain_words(text) for text in _read_texts(path, fields)]
-        long_enough = [words for words in found if len(words) >= min(shortest_words, ngram_words)]
-        if not long_enough:
-            raise UserError(
-                f"{path}: no text of at least {min(shortest_words, ngram_words)} words in the fields {', '.join(fields)}; "
-                "name the right fields, or take the file out of paths."
-            )
-        texts += [[numbers.setdefault(word, len(numbers) + 1) for word in words] for words in long_enough]
-    words = np.concatenate([np.array(text, dtype=np.int64) for text in texts])
-    starts: dict[int, list[Any]] = {}
-    end = 0
-    for text in texts:
-        num_words = min(len(text), ngram_words)
-        starts.setdefault(num_words, []).append(np.arange(end, end + len(text) - num_words + 1))
-        end += len(text)
-    wanted = {num_words: np.concatenate(parts) for num_words, parts in starts.items()}
-    return _Evaluations(
-        numbers,
-        words,
-        {
-            num_words: _order_runs(hashes[wanted[num_words]], wanted[num_words])
-            for num_words, hashes in _hash_runs(words, max(wanted))
-            if num_words in wanted
-        },
-    )
 
 
 def _order_runs(hashes: Any, starts: Any) -> _Runs:

@@ -16,7 +16,7 @@ The stage goes over the surveys in steps, whose tasks run anywhere that sees the
    every document joins the first centre it is alike, or becomes the next centre, up to MOST_CENTRES of them; who is alike
    none of these joins nobody in this band. So a document is compared at most MOST_CENTRES times in a bucket of any size,
    and a bucket of 100,000 costs 6.4 million comparisons at most, instead of 5 billion.
-4. The pairs found make clusters, on the driver.
+4. The pairs found make clusters, on the driver (`union_find.py`).
 
 Memory, a task: some 100 bytes for each of its DOCUMENTS_PER_TASK entries (or of the largest bucket, where that is larger:
 a bucket is never divided), and twice BLOCK_BYTES of signatures. The driver: 4 bytes a document (8 from 2^32 documents on) and a bit, some
@@ -51,6 +51,7 @@ from data_pipeline.signature_files import (
     rows_at_once,
     slice_of,
 )
+from data_pipeline.union_find import find_roots, shorten, unite
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -70,7 +71,7 @@ ALL_PAIRS = 64
 MOST_CENTRES = 64
 
 LOSERS = "exact_losers.npy"
-ORDINALS, REASON_CODES, UNIT_BOUNDS = "ordinals.npy", "reasons.npy", "units.npy"
+ORDINALS, REASON_CODES, SURVIVORS, UNIT_BOUNDS = "ordinals.npy", "reasons.npy", "survivors.npy", "units.npy"
 
 
 class RunTasks(Protocol):
@@ -111,6 +112,9 @@ class UnitDuplicates:
     """Places among the documents that were surveyed, sorted: uint32 [dropped]."""
     reasons: Array
     """A key of REASONS for each: uint8 [dropped]."""
+    survivors: Array
+    """The number of the document that stayed in place of each near duplicate: uint32 or int64 [dropped]. Of an exact one its
+    own: the tasks tell only that it goes."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def near_partition(
             pairs = _compare_all(members, read, needed)
             num_compared += len(members) * math.comb(int(size), 2)
             num_alike += len(pairs)
-            found.append(_shorten(pairs))
+            found.append(shorten(pairs))
     for bucket in np.flatnonzero(sizes > ALL_PAIRS):
         pairs, compared = _compare_with_centres(documents[starts[bucket] : starts[bucket] + sizes[bucket]], read, settings)
         num_compared += compared
@@ -265,40 +269,6 @@ def needed_matches(settings: NearDuplicatesSection) -> int:
 def count_matches(first: Array, second: Array) -> Array:
     """How many numbers of two signatures agree: int64 [..] from uint32 [.., permutations] each (or what broadcasts to it)."""
     return np.bitwise_count(np.packbits(first == second, axis=-1)).sum(axis=-1, dtype=np.int64)
-
-
-def connected_components(edges: Array, num_documents: int) -> Array:
-    """For each document the lowest number that it is connected with: int64 [num_documents] from int64 [edges, 2]."""
-    parents = np.arange(num_documents, dtype=np.int64)
-    unite(parents, edges)
-    find_roots(parents, np.arange(num_documents))
-    return parents
-
-
-def unite(parents: Array, edges: Array) -> None:
-    """Connect the two documents of each edge, in place. `parents[i] <= i` leads towards the lowest number of i's cluster.
-
-    All edges at once, round by round: each edge's ends become the roots above them, and the higher root is hung below the
-    lowest one that it meets, until no edge's roots differ (in the manner of Shiloach and Vishkin 1982).
-    """
-    first, second = edges[:, 0], edges[:, 1]
-    while len(first):
-        first, second = find_roots(parents, first), find_roots(parents, second)
-        differ = first != second
-        first, second = np.minimum(first, second)[differ], np.maximum(first, second)[differ]
-        np.minimum.at(parents, second, first)
-
-
-def find_roots(parents: Array, documents: Array) -> Array:
-    """The lowest known number of each document's cluster; the documents are then hung directly below it, in place."""
-    found = parents[documents]
-    while True:
-        above = parents[found]
-        if np.array_equal(above, found):
-            parents[documents] = found
-            return found
-        parents[documents] = above  # so the next round's steps are twice as long
-        found = parents[above]
 
 
 def mark_documents(bits: Array, documents: Numbers) -> None:
@@ -366,8 +336,9 @@ def find_duplicates(folders: Sequence[Path], settings: DeduplicationSection, wor
         num_compared=num_compared,
         num_refused=num_refused,
     )
-    ordinals, reasons, bounds = open_array(work / ORDINALS), open_array(work / REASON_CODES), np.load(work / UNIT_BOUNDS)
-    units = [UnitDuplicates(ordinals[first:end], reasons[first:end]) for first, end in pairwise(bounds)]
+    ordinals, reasons, survivors = (open_array(work / name) for name in (ORDINALS, REASON_CODES, SURVIVORS))
+    bounds = pairwise(np.load(work / UNIT_BOUNDS))
+    units = [UnitDuplicates(ordinals[first:end], reasons[first:end], survivors[first:end]) for first, end in bounds]
     if surveys != tuple(folders):
         remove_folders(list(surveys))
     return Duplicates(units, counts)
@@ -376,7 +347,7 @@ def find_duplicates(folders: Sequence[Path], settings: DeduplicationSection, wor
 def load_duplicates(work: Path, unit: int) -> UnitDuplicates:
     """What is dropped of the unit at this place of `find_duplicates`' folders, as it left it in `work`. Raises OSError."""
     first, end = (int(bound) for bound in open_array(work / UNIT_BOUNDS)[unit : unit + 2])
-    return UnitDuplicates(np.array(open_array(work / ORDINALS)[first:end]), np.array(open_array(work / REASON_CODES)[first:end]))
+    return UnitDuplicates(*(np.array(open_array(work / name)[first:end]) for name in (ORDINALS, REASON_CODES, SURVIVORS)))
 
 
 def run_merge(task: MergeTask) -> None:
@@ -431,26 +402,27 @@ def _write_duplicates(work: Path, firsts: Numbers, losers: Array, parents: Array
     """Write what `load_duplicates` reads; gives how many documents are dropped, and the survivor of each near duplicate."""
     ordinals: list[Array] = [np.zeros(0, dtype=np.uint32)]
     reasons: list[Array] = [np.zeros(0, dtype=np.uint8)]
-    roots: list[Array] = [np.zeros(0, dtype=parents.dtype)]
+    survivors: list[Array] = [np.zeros(0, dtype=parents.dtype)]
     dropped_of_units = np.zeros(len(firsts) - 1, dtype=np.int64)
     for first in range(0, int(firsts[-1]), DOCUMENTS_PER_TASK):
         documents = np.arange(first, min(first + DOCUMENTS_PER_TASK, int(firsts[-1])))
         codes = are_marked(losers, documents).astype(np.uint8) * np.uint8(EXACT_DUPLICATE)
-        if len(parents):
-            found = find_roots(parents, documents)  # lower ones are done already, so this takes one step
-            near = found != documents
-            codes[near] = NEAR_DUPLICATE
-            roots.append(found[near])
+        # Lower ones are done already, so this takes one step.
+        stays = find_roots(parents, documents) if len(parents) else documents.astype(parents.dtype)
+        codes[stays != documents] = NEAR_DUPLICATE
         dropped = documents[codes > 0]
         units = np.searchsorted(firsts, dropped, side="right") - 1
         dropped_of_units += np.bincount(units, minlength=len(dropped_of_units))
         ordinals.append((dropped - firsts[units]).astype(np.uint32))
         reasons.append(codes[codes > 0])
+        survivors.append(stays[codes > 0])
     bounds = np.concatenate([[0], np.cumsum(dropped_of_units)]).astype(np.int64)
     _save(work / ORDINALS, np.concatenate(ordinals))
-    _save(work / REASON_CODES, np.concatenate(reasons))
+    all_reasons, all_survivors = np.concatenate(reasons), np.concatenate(survivors)
+    _save(work / REASON_CODES, all_reasons)
+    _save(work / SURVIVORS, all_survivors)
     _save(work / UNIT_BOUNDS, bounds)
-    return int(bounds[-1]), np.concatenate(roots)
+    return int(bounds[-1]), all_survivors[all_reasons == NEAR_DUPLICATE]
 
 
 def _compare_all(members: Numbers, read: Callable[[Numbers], Signatures], needed: int) -> Numbers:
@@ -488,14 +460,6 @@ def _compare_with_centres(members: Numbers, read: Callable[[Numbers], Signatures
             if len(joined):
                 documents, rows = documents[~alike], rows[~alike]
     return np.concatenate(pairs), num_compared
-
-
-def _shorten(pairs: Numbers) -> Numbers:
-    """Fewer pairs that connect the same documents: each with the lowest of its cluster."""
-    documents, places = np.unique(pairs, return_inverse=True)
-    lowest = connected_components(places.reshape(-1, 2), len(documents))
-    others = np.flatnonzero(lowest != np.arange(len(documents)))
-    return np.stack([documents[lowest[others]], documents[others]], axis=1)
 
 
 def _differs(values: Array) -> Array:

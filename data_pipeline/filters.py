@@ -20,12 +20,14 @@ from functools import lru_cache
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 from urllib.parse import urlsplit
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from configs.errors import UserError
+from configs.schema import Fraction, PositiveInt
 from data_pipeline.documents import Document
 from data_pipeline.words import TERMINAL_PUNCTUATION, Words, analyse_words, count_sentences, count_words
 
@@ -40,16 +42,17 @@ LOREM_IPSUM = "lorem ipsum"
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 HASH_BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
 TABLE_CHARACTERS = 1 << 16
-Thresholds = Sequence[tuple[int, float]]
+Thresholds: TypeAlias = Sequence[tuple[PositiveInt, Fraction]]
+Paths: TypeAlias = str | Annotated[Sequence[str], Field(min_length=1)]
 
 
 def gopher_repetition(
     document: Document,
     *,
-    max_duplicate_lines: float | None = 0.3,
-    max_duplicate_line_characters: float | None = 0.2,
-    max_duplicate_paragraphs: float | None = 0.3,
-    max_duplicate_paragraph_characters: float | None = 0.2,
+    max_duplicate_lines: Fraction | None = 0.3,
+    max_duplicate_line_characters: Fraction | None = 0.2,
+    max_duplicate_paragraphs: Fraction | None = 0.3,
+    max_duplicate_paragraph_characters: Fraction | None = 0.2,
     max_top_ngram_characters: Thresholds = ((2, 0.2), (3, 0.18), (4, 0.16)),
     max_duplicate_ngram_characters: Thresholds = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.1)),
 ) -> Document | str:
@@ -83,15 +86,15 @@ def gopher_repetition(
 def gopher_quality(
     document: Document,
     *,
-    min_words: int | None = 50,
-    max_words: int | None = 100_000,
-    min_average_word_length: float | None = 3,
-    max_average_word_length: float | None = 10,
-    max_symbols_per_word: float | None = 0.1,
-    max_bullet_lines: float | None = 0.9,
-    max_ellipsis_lines: float | None = 0.3,
-    min_words_with_letter: float | None = 0.8,
-    min_stop_words: int | None = 2,
+    min_words: NonNegativeInt | None = 50,
+    max_words: NonNegativeInt | None = 100_000,
+    min_average_word_length: NonNegativeFloat | None = 3,
+    max_average_word_length: NonNegativeFloat | None = 10,
+    max_symbols_per_word: NonNegativeFloat | None = 0.1,
+    max_bullet_lines: Fraction | None = 0.9,
+    max_ellipsis_lines: Fraction | None = 0.3,
+    min_words_with_letter: Fraction | None = 0.8,
+    min_stop_words: NonNegativeInt | None = 2,
     stop_words: Sequence[str] = STOP_WORDS,
 ) -> Document | str:
     """Drop a document whose words and lines are not those of running text (Gopher, section A.1).
@@ -137,9 +140,9 @@ def c4_quality(
     document: Document,
     *,
     terminal_punctuation: bool = True,
-    min_sentences: int | None = 5,
-    min_words_per_line: int = 3,
-    max_word_length: int | None = 1000,
+    min_sentences: NonNegativeInt | None = 5,
+    min_words_per_line: NonNegativeInt = 3,
+    max_word_length: NonNegativeInt | None = 1000,
     remove_citations: bool = True,
     drop_javascript: bool = True,
     drop_policies: bool = True,
@@ -191,7 +194,7 @@ def c4_quality(
     return document if cleaned == text else replace(document, text=cleaned)
 
 
-def c4_paragraphs(document: Document, *, min_paragraphs: int = 3, min_characters: int = 200) -> Document | str:
+def c4_paragraphs(document: Document, *, min_paragraphs: NonNegativeInt = 3, min_characters: NonNegativeInt = 200) -> Document | str:
     """Drop a document with fewer than three lines of at least 200 characters (multilingual C4, c4_utils.py).
 
     Reason: too_few_paragraphs.
@@ -203,11 +206,11 @@ def c4_paragraphs(document: Document, *, min_paragraphs: int = 3, min_characters
 def fineweb_quality(
     document: Document,
     *,
-    min_lines_with_end: float | None = 0.12,
-    max_short_lines: float | None = 0.67,
-    short_line_characters: int = 30,
-    max_duplicate_line_characters: float | None = 0.01,
-    max_newlines_per_word: float | None = 0.3,
+    min_lines_with_end: Fraction | None = 0.12,
+    max_short_lines: Fraction | None = 0.67,
+    short_line_characters: NonNegativeInt = 30,
+    max_duplicate_line_characters: Fraction | None = 0.01,
+    max_newlines_per_word: NonNegativeFloat | None = 0.3,
 ) -> Document | str:
     """Drop a document that is a list or a menu: few lines with terminal punctuation, short or repeated ones (FineWeb, 3.6).
 
@@ -233,14 +236,14 @@ def fineweb_quality(
     return document
 
 
-def bad_words(document: Document, *, paths: str | Sequence[str], whole_words: bool = True) -> Document | str:
+def bad_words(document: Document, *, paths: Paths, whole_words: bool = True) -> Document | str:
     """Drop a document that holds a word or phrase of a list (C4, section 2.2).
 
     paths: text files (.gz too) in UTF-8 with one word or phrase a line, compared in lower case. whole_words: only between
     characters that are no letter, digit or underscore; C4 turns this off for Japanese, Thai and Chinese.
     Reason: bad_word. Raises UserError if a list cannot be read or is empty.
     """
-    first_words, wordless, pattern = _load_bad_words(_as_tuple(paths), whole_words)
+    first_words, wordless, pattern = _load_bad_words(as_tuple(paths), whole_words)
     lowered = document.text.lower()
     # To look up a text's words is much faster than to search for every phrase; the search then decides.
     if whole_words and not wordless and first_words.isdisjoint(WORD.findall(lowered)):
@@ -248,7 +251,7 @@ def bad_words(document: Document, *, paths: str | Sequence[str], whole_words: bo
     return "bad_word" if pattern.search(lowered) else document
 
 
-def blocked_urls(document: Document, *, paths: str | Sequence[str], field: str = "url") -> Document | str:
+def blocked_urls(document: Document, *, paths: Paths, field: str = "url") -> Document | str:
     """Drop a document from a blocked domain, one of its subdomains, or a blocked URL.
 
     paths: text files (.gz too) in UTF-8, a domain or (with a slash behind the host) a URL a line; blank lines and those with
@@ -259,7 +262,7 @@ def blocked_urls(document: Document, *, paths: str | Sequence[str], field: str =
     url = document.metadata.get(field)
     if not isinstance(url, str) or not url:
         return document
-    domains, urls = _load_block_list(_as_tuple(paths))
+    domains, urls = _load_block_list(as_tuple(paths))
     host, rest = split_url(url)
     labels = host.split(".")
     if any(".".join(labels[start:]) in domains for start in range(len(labels))):
@@ -267,7 +270,9 @@ def blocked_urls(document: Document, *, paths: str | Sequence[str], field: str =
     return "blocked_url" if host + rest in urls else document
 
 
-def length(document: Document, *, min_characters: int | None = None, max_characters: int | None = None) -> Document | str:
+def length(
+    document: Document, *, min_characters: NonNegativeInt | None = None, max_characters: NonNegativeInt | None = None
+) -> Document | str:
     """Drop a document with fewer or more characters than wanted. Reasons: too_short, too_long."""
     if min_characters is not None and len(document.text) < min_characters:
         return "too_short"
@@ -387,12 +392,8 @@ def _make_power_tables(size: int) -> tuple[Any, Any]:
     return tables[0], tables[1]
 
 
-def _as_tuple(paths: str | Sequence[str]) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else tuple(paths)
-
-
 @lru_cache(maxsize=8)
-def _load_bad_words(paths: str | Sequence[str], whole_words: bool) -> tuple[frozenset[str], bool, re.Pattern[str]]:
+def _load_bad_words(paths: tuple[str, ...], whole_words: bool) -> tuple[frozenset[str], bool, re.Pattern[str]]:
     """The first run of word characters of each phrase, whether a phrase has none, and the pattern that decides."""
     phrases = sorted({phrase.lower() for path in paths for phrase in read_list(path)})
     runs = [WORD.search(phrase) for phrase in phrases]
@@ -406,6 +407,11 @@ def _load_block_list(paths: tuple[str, ...]) -> tuple[frozenset[str], frozenset[
     """Blocked domains, and blocked URLs."""
     split = [split_url(entry) for path in paths for entry in read_list(path) if not entry.startswith("#")]
     return frozenset(host for host, rest in split if not rest), frozenset(host + rest for host, rest in split if rest)
+
+
+def as_tuple(paths: Paths) -> tuple[str, ...]:
+    """One path or several, always as several."""
+    return (paths,) if isinstance(paths, str) else tuple(paths)
 
 
 def read_list(path: str) -> list[str]:

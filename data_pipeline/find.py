@@ -56,6 +56,12 @@ def find_files(source: SourceSection, dataset: Path, skipped: Counter[str]) -> l
     root, pattern = _split_glob(path) if is_glob else (path.resolve(), source.pattern)
     if not root.is_dir():
         raise UserError(f"data source {source.name!r}: there is no folder {root}; correct its path {source.path}.")
+    if root.is_relative_to(dataset):
+        raise UserError(
+            f"data source {source.name!r}: its path {source.path} {'is' if root == dataset else 'lies in'} the output folder {dataset}, "
+            "of which nothing is read; wanted an output folder that holds no source: set data.root to another one (without it, it "
+            "is datasets/ and the first source's name)."
+        )
     passed: Counter[str] = Counter()
     found = set(_walk(source, root, root, pattern, dataset, passed))
     if is_glob:  # the folders that it names are searched too
@@ -73,7 +79,8 @@ def find_files(source: SourceSection, dataset: Path, skipped: Counter[str]) -> l
             files.append(_describe(source, root, candidate, kind, function_sha256))
     skipped.update(passed)
     if not files:
-        raise UserError(_nothing_usable(source, str(root), pattern, passed))
+        apart = f" outside the output folder {dataset} (data.root)" if dataset.is_relative_to(root) and dataset.is_dir() else ""
+        raise UserError(_nothing_usable(source, str(root), pattern, passed, apart))
     return files
 
 
@@ -114,26 +121,9 @@ def refuse_twice(files: list[InputFile]) -> None:
         seen[key] = file.source
 
 
-def _settings_of(source: SourceSection) -> tuple[tuple[str, str], ...]:
-    return tuple((key, json.dumps(value, sort_keys=True, default=str)) for key, value in sorted(source.settings.items()))
-
-
 def _describe_hub(source: SourceSection) -> InputFile:
     _, split, size, version = open_hub(source.name, source.path, source.settings)
-    return InputFile(
-        source=source.name,
-        root=source.path,
-        name=split,
-        kind="hub",
-        num_bytes=size,
-        version=version,
-        text_field=source.text_field,
-        id_field=source.id_field,
-        metadata_fields=source.metadata_fields,
-        part=None,
-        part_bytes=size,
-        settings=_settings_of(source),
-    )
+    return _input_file(source, source.path, split, "hub", size, version, "")
 
 
 def _check_function(source: SourceSection) -> str:
@@ -289,7 +279,7 @@ def _input_file(source: SourceSection, root: str, name: str, kind: str, num_byte
         metadata_fields=source.metadata_fields,
         part=None,
         part_bytes=num_bytes,
-        settings=_settings_of(source),
+        settings=tuple((key, json.dumps(value, sort_keys=True, default=str)) for key, value in sorted(source.settings.items())),
         function_sha256=function_sha256,
     )
 
@@ -307,7 +297,7 @@ def _suffix(name: str) -> str:
     return "".join(path.suffixes[-2:]) if path.suffix in (".gz", ".zst") else path.suffix or "(none)"
 
 
-def _nothing_usable(source: SourceSection, root: str, pattern: str, passed: Counter[str]) -> str:
+def _nothing_usable(source: SourceSection, root: str, pattern: str, passed: Counter[str], apart: str = "") -> str:
     wanted = {
         "jsonl": ".jsonl (.gz, .zst)",
         "parquet": ".parquet",
@@ -317,7 +307,7 @@ def _nothing_usable(source: SourceSection, root: str, pattern: str, passed: Coun
         "text": "files",
     }.get(source.format, "files" if ":" in source.format else ".txt, .md, .rst, .py, .jsonl (.gz, .zst), .parquet, .warc or .wet")
     if not passed:
-        return f"data source {source.name!r}: {root} has no file that matches {pattern!r}; wanted {wanted}."
+        return f"data source {source.name!r}: {root} has no file that matches {pattern!r}{apart}; wanted {wanted}."
     found = ", ".join(f"{count} {suffix}" for suffix, count in passed.most_common(5))
     hint = ""
     if passed[SYMLINK]:

@@ -11,15 +11,20 @@ languages that comes with the library, where lingua is 96 MB. Its scores are les
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from configs.errors import UserError
+from configs.schema import Fraction
 from data_pipeline.documents import Document
 
 JUDGED_CHARACTERS = 10_000  # the rest of a long document would cost time and change nothing
 
 
-def language(document: Document, *, keep: Sequence[str], minimum: float = 0.65, path: str | None = None) -> Document | str:
+def language(
+    document: Document, *, keep: Annotated[Sequence[str], Field(min_length=1)], minimum: Fraction = 0.65, path: str | None = None
+) -> Document | str:
     """Drop a document that is in none of the languages to keep, or not surely so (CCNet, arXiv 1911.00359; FineWeb: 0.65).
 
     keep: codes of languages, as the model names them (en, de, ...). minimum: the least probability, 0 to 1. path: a fastText

@@ -4,7 +4,7 @@ In: a dataset's folder. Out: its `Manifest`, and a check of every byte. Nothing 
 many workers the dataset was built: equal input gives an equal file.
 """
 
-import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from configs.durable import sha256_of_file, write_file
 from configs.errors import UserError
-from configs.sealed import seal, unseal
+from configs.sealed import seal, sealed_text
 from data_pipeline.shards import Shard
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # beside the manifest, which must not depend on when a file was touched
 TOKENIZER = "tokenizer.json"
@@ -26,6 +26,7 @@ UNITS = "units"
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 BLOCK_TOKENS = 1 << 22
+VERSION_OF = re.compile(rb'\{\s*"format_version": (\d+)')
 
 
 class Record(BaseModel):
@@ -66,8 +67,18 @@ class Counts(Record):
         )
 
 
+class PackingRecord(Record):
+    """What becomes of a shard's documents at a sequence length, packed and, to compare, laid end to end and chopped."""
+
+    num_packs: int
+    """Samples of best-fit packing."""
+    documents_cut: int
+    padding_tokens: int
+    documents_cut_when_chopped: int
+
+
 class ShardRecord(Counts):
-    """A shard: `<folder>/<name>.bin`, `.idx` and `.documents.parquet`."""
+    """A shard: `<folder>/<name>.bin`, `.idx`, `.crc32c`, `.documents.parquet` and `.packed-<T>.npy`."""
 
     name: str
     """The shard's prefix, relative to the dataset's folder."""
@@ -75,6 +86,8 @@ class ShardRecord(Counts):
     """By path relative to the dataset's folder."""
     sources: dict[str, Counts]
     """How much of it each source gave."""
+    packings: dict[str, PackingRecord] = {}
+    """By sequence length T, for those of `data.packed_lengths`."""
 
 
 class DocumentCounts(Record):
@@ -161,23 +174,18 @@ def load_manifest(folder: Path) -> Manifest:
                 "`pretrain data build RUN.yaml` continues it."
             ) from None
         raise UserError(f"{folder}: no dataset is here (no {MANIFEST}); build it with `pretrain data build RUN.yaml`.") from None
+    version = VERSION_OF.match(content)
+    if version is not None and int(version[1]) != FORMAT_VERSION:  # before anything else of it is believed
+        raise UserError(
+            f"{path}: format version {int(version[1])}, this program reads {FORMAT_VERSION}; build the dataset again into another "
+            "data.root."
+        )
     try:
-        version = _version_of(content)
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format version {version}, this program reads {FORMAT_VERSION}; build the dataset again into another data.root."
-            )
-        return Manifest.model_validate_json(json.dumps(unseal(content)), strict=True)
+        return Manifest.model_validate_json(sealed_text(content), strict=True)
     except (ValueError, ValidationError) as error:
         raise UserError(
             f"{path}: not a manifest ({str(error).splitlines()[0]}); `pretrain data build RUN.yaml --rebuild` makes it again."
         ) from None
-
-
-def _version_of(content: bytes) -> Any:
-    """The format version that a manifest names, before anything else of it is believed; ours where it names none."""
-    found = json.loads(content)
-    return found.get("format_version", FORMAT_VERSION) if isinstance(found, dict) else FORMAT_VERSION
 
 
 def manifest_hash(folder: Path) -> str:
@@ -197,9 +205,11 @@ def verify_dataset(folder: Path, progress: Callable[[int], None] | None = None) 
     problems += _verify_file(folder, TOKENIZER, None, manifest.tokenizer_sha256, tell)
     for split in SPLITS:
         for shard in manifest.shards(split):
-            for name, record in shard.files.items():
-                problems += _verify_file(folder, name, record.bytes, record.sha256, tell)
-            problems += _verify_tokens(folder, shard, manifest)
+            damaged = [
+                problem for name, record in shard.files.items() for problem in _verify_file(folder, name, record.bytes, record.sha256, tell)
+            ]
+            # The tokens of damaged files would only say once more that these are damaged.
+            problems += damaged or _verify_tokens(folder, shard, manifest)
     kept = sum(manifest.total(split).num_documents for split in SPLITS)
     counts = manifest.documents
     if counts.kept != kept or not counts.adds_up:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
+from pydantic import NonNegativeInt
+
 from configs.errors import UserError
 from data_pipeline.documents import Document
 
@@ -41,7 +43,7 @@ def normalize_unicode(document: Document, *, form: Literal["NFC", "NFKC", "NFD",
     return _with_text(document, unicodedata.normalize(form, document.text))
 
 
-def normalize_whitespace(document: Document, *, max_blank_lines: int = 1, remove_invisible: bool = True) -> Document | str:
+def normalize_whitespace(document: Document, *, max_blank_lines: NonNegativeInt = 1, remove_invisible: bool = True) -> Document | str:
     """End lines with LF, and take away trailing blanks, surplus blank lines and control characters.
 
     max_blank_lines: as many stay in a row, none at the start and end of the text. Every line break of Unicode becomes LF; tabs

@@ -65,7 +65,7 @@ def cleaning_facts(recipe: Recipe, files: Sequence[InputFile]) -> list[Any]:
 def token_facts(recipe: Recipe) -> list[Any]:
     """What decides how documents become shards."""
     data = recipe.data
-    return [recipe.tokenizer_sha256, data.tokenizer.end_of_text, data.held_out_fraction, data.seed, data.shard_tokens]
+    return [recipe.tokenizer_sha256, data.tokenizer.end_of_text, data.held_out_fraction, data.seed, data.shard_tokens, data.packed_lengths]
 
 
 def hash_facts(facts: list[Any]) -> str:

@@ -6,7 +6,7 @@ back: times and memory differ from build to build.
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from data_pipeline.tally import DROPPED, EXAMPLES
 
 REPORT = "report.json"
 EXAMPLES_FOLDER = "dropped"
+
+NameSurvivor = Callable[[int, dict[str, Any]], dict[str, Any]]
+"""Gets a unit's number and an example of what it dropped; gives the example with what stayed in its place, where that is known."""
 
 
 @dataclass
@@ -64,21 +67,25 @@ def sum_by_source(shards: Iterable[ShardRecord]) -> dict[str, Counts]:
     return dict(sorted(sums.items()))
 
 
-def write_report(root: Path, report: dict[str, Any], num_units: int) -> None:
-    """Write `report.json` and `dropped/REASON.jsonl`, up to 100 documents each: those with the lowest ids. Raises OSError."""
+def write_report(root: Path, report: dict[str, Any], num_units: int, name_survivor: NameSurvivor) -> None:
+    """Write `report.json` and `dropped/REASON.jsonl`, up to 100 documents each: those with the lowest ids. Raises OSError.
+
+    Survivors are named here and not in the units, as no unit depends on what is in the others.
+    """
     folder = root / EXAMPLES_FOLDER
     remove_folders([folder])
-    chosen: dict[str, list[tuple[str, str]]] = {}
-    for reason, identity, line in _examples(root / UNITS, num_units):
+    chosen: dict[str, list[tuple[str, int, str]]] = {}
+    for reason, identity, unit, line in _examples(root / UNITS, num_units):
         examples = chosen.setdefault(reason, [])
-        examples.append((identity, line))
+        examples.append((identity, unit, line))
         if len(examples) > 4 * EXAMPLES:
             chosen[reason] = heapq.nsmallest(EXAMPLES, examples)
     for reason, examples in chosen.items():
         folder.mkdir(exist_ok=True)
-        lines = [line for _, line in heapq.nsmallest(EXAMPLES, examples)]
+        shown = [name_survivor(unit, json.loads(line)) for _, unit, line in heapq.nsmallest(EXAMPLES, examples)]
         # A rule of the user's own names its reasons: the file keeps to letters that are safe everywhere.
         name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in reason)[:100]
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in shown]
         write_file(folder / f"{name}.jsonl", "".join(lines).encode("utf-8"))
     write_file(root / REPORT, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
 
@@ -89,11 +96,12 @@ def _rates(stage: StageReport) -> dict[str, Any]:
     return {**asdict(stage), "per_second": {name: round(rate, 3) for name, rate in rates.items()}}
 
 
-def _examples(units: Path, num_units: int) -> Iterator[tuple[str, str, str]]:
+def _examples(units: Path, num_units: int) -> Iterator[tuple[str, str, int, str]]:
+    """Reason, id, unit and line of every example that the units hold."""
     for number in range(num_units):
         path = units / f"{number:05d}" / DROPPED
         if path.exists():
             with path.open(encoding="utf-8") as file:
                 for line in file:
                     example = json.loads(line)
-                    yield example["reason"], example["document_id"], line
+                    yield example["reason"], example["document_id"], number, line

@@ -9,8 +9,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,7 +26,7 @@ from data_pipeline.tokenizer import load_tokenizer
 EXAMPLES = 3  # of a dataset: so many documents, but one at least of each of the first sources
 EXAMPLE_SOURCES = 8
 EXAMPLE_TOKENS = 80
-ID_DIGITS = 24  # of a document's id as it is written
+SHOWN_NAMESAKES = 10  # of documents that have the same name
 BATCH_ROWS = 1 << 16
 
 
@@ -108,18 +109,27 @@ def sample_documents(folder: Path, source: str | None, split: Split, count: int,
     return documents
 
 
-def find_document(folder: Path, document_id: str, num_tokens: int) -> ShownDocument:
-    """The document of this id. Raises UserError when no shard holds it."""
-    if len(document_id) != ID_DIGITS or not set(document_id) <= set("0123456789abcdef"):
-        raise UserError(f"{document_id!r} is no document's id; wanted {ID_DIGITS} digits of 0 to 9 and a to f.")
+def find_document(folder: Path, wanted: str, source: str | None, num_tokens: int) -> ShownDocument:
+    """The document of a source (None: of any) that has this id or, where none has, this name.
+
+    Raises UserError: no such source, no such document, or several of that name, whose ids are listed.
+    """
     manifest = load_manifest(folder)
-    for split in SPLITS:
-        for record in manifest.shards(split):
-            if (number := _find_row(folder / record.name, document_id)) is not None:
-                return _Reader(folder, manifest, num_tokens).read(split, record, None, [number])[0]
+    _refuse_unknown_source(folder, manifest, source)
+    by_id = islice(_find_places(folder, manifest, "document_id", wanted, source), 1)  # no id is there twice
+    places = list(by_id) or list(_find_places(folder, manifest, "name", wanted, source))
+    reader = _Reader(folder, manifest, num_tokens)
+    found = [reader.read(split, record, None, [number])[0] for split, record, number in places[:SHOWN_NAMESAKES]]
+    if len(places) == 1:
+        return found[0]
+    if found:
+        listed = "".join(f"\n  {one.document_id}  source {one.source}, file {one.file}, position {one.position}" for one in found)
+        more = f"\n  ... and {len(places) - len(found)} more" if len(places) > len(found) else ""
+        raise UserError(f"{folder}: {len(places)} documents have the name {wanted!r}; give the id of one:{listed}{more}")
+    among = manifest.documents if source is None else manifest.sources[source]
     raise UserError(
-        f"{folder}: none of its {manifest.documents.kept} documents has the id {document_id}; if it was left out, "
-        f"{EXAMPLES_FOLDER}/*.jsonl or units/*/quarantine.jsonl may name it."
+        f"{folder}: none of {among.kept} documents{f' of {source}' if source else ''} has the id or the name {wanted!r}; names are what "
+        f"the field of data.sources id_field holds. If it was left out, {EXAMPLES_FOLDER}/*.jsonl or units/*/quarantine.jsonl may name it."
     )
 
 
@@ -251,12 +261,18 @@ def read_columns(prefix: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
         raise UserError(f"{path}: cannot be read as parquet ({error}); check the dataset with `pretrain data verify`.") from None
 
 
-def _find_row(prefix: Path, document_id: str) -> int | None:
+def _find_places(
+    folder: Path, manifest: Manifest, column: Literal["document_id", "name"], value: str, source: str | None
+) -> Iterator[tuple[Split, ShardRecord, int]]:
+    """Of each document of a source (None: of all) that has this id or name: its shard, and its number in it."""
     import pyarrow.compute
 
-    first = 0
-    for (identities,) in read_columns(prefix, ["document_id"]):
-        if (place := pyarrow.compute.index(identities, document_id).as_py()) >= 0:
-            return first + place
-        first += len(identities)
-    return None
+    for split in SPLITS:
+        for record in manifest.shards(split):
+            first = 0
+            for values, sources in read_columns(folder / record.name, [column, "source"]):
+                place = -1
+                while (place := pyarrow.compute.index(values, value, place + 1).as_py()) >= 0:
+                    if source is None or sources[place].as_py() == source:
+                        yield split, record, first + place
+                first += len(values)

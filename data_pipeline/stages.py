@@ -77,11 +77,20 @@ def run_stage(
     run: Run,
     stages: list[StageReport],
 ) -> dict[int, Done]:
-    """Do every unit's task; its result by the unit's number. Raises UserError naming the units that could not be made."""
+    """Do every unit's task; its result by the unit's number. Raises UserError naming the units that could not be made.
+
+    What it took is added to the stage's report in `stages`: where some units of a stage are made again, it stays one stage of
+    as many units, all of which were counted before.
+    """
+    if not tasks:
+        return {}
     began = time.monotonic()
-    measured = StageReport(stage, len(tasks))
-    stages.append(measured)
-    report(Progress(stage, 0, len(tasks), "starting the workers"))
+    measured = next((one for one in stages if one.stage == stage), None)
+    counted = measured.num_units if measured else 0
+    if measured is None:
+        measured = StageReport(stage, len(tasks))
+        stages.append(measured)
+        report(Progress(stage, 0, len(tasks), "starting the workers"))
     results: dict[int, Done] = {}
     failures: list[tuple[Work, str]] = []
     with closing(run(function, tasks)) as done:
@@ -103,8 +112,8 @@ def run_stage(
                 measured.num_tokens += num_tokens
             detail = f"{measured.num_units_kept} were there" if measured.num_units_kept else ""
             made = measured.num_documents, measured.num_bytes, measured.num_tokens
-            report(Progress(stage, len(results) + len(failures), len(tasks), detail, *made))
-    measured.seconds = time.monotonic() - began
+            report(Progress(stage, counted or len(results) + len(failures), measured.num_units, detail, *made))
+    measured.seconds += time.monotonic() - began
     if failures:
         shown = "\n  ".join(f"{task}: {reason}" for task, reason in failures[:SHOWN_FAILURES])
         raise UserError(

@@ -154,6 +154,13 @@ def read_surveyed(folder: Path, dropped: dict[int, str], tally: Tally) -> Iterat
                 ordinal += 1
 
 
+def read_origins(folder: Path) -> pyarrow.Table:
+    """Where each document of a survey came from (source, file, position), in its order; no text is read. Raises OSError."""
+    options = pyarrow.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in ("source", "file", "position")])
+    with pyarrow.memory_map(str(folder / TEXTS)) as file, pyarrow.ipc.open_stream(file, options=options) as stream:
+        return stream.read_all()
+
+
 def in_batches(documents: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Documents in batches of about `size` characters (tokens, where there is no text)."""
     batch: list[Item] = []

@@ -14,12 +14,15 @@ import numpy as np
 
 from configs.errors import UserError
 from data_pipeline.adopt import IdBytes, adopt_ids, measure_ids
+from data_pipeline.checksums import SUFFIX as CHECKSUMS
+from data_pipeline.checksums import write_checksums
 from data_pipeline.committed import CommittedRecord, load_folder, make_folder, process_peak_bytes, read_record, record_file, record_files
 from data_pipeline.dedup import REASONS, UnitDuplicates, load_duplicates
 from data_pipeline.disk import explain_file_errors
 from data_pipeline.documents import Document, Rejected, TokenDocument, place_document
 from data_pipeline.encoding import Encoder, UncuttableError, check_ids, encode, open_encoder
-from data_pipeline.manifest import SPLITS, UNITS, Counts, DocumentCounts, InputRecord, ShardRecord, Split
+from data_pipeline.manifest import SPLITS, UNITS, Counts, DocumentCounts, InputRecord, PackingRecord, ShardRecord, Split
+from data_pipeline.packing import count_best_fit, count_chopped, pack_documents, packs_name, write_packs
 from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts, token_facts
 from data_pipeline.shards import DocumentSpan, ShardWriter, token_dtype, write_spans
 from data_pipeline.sources import WorkUnit
@@ -223,8 +226,8 @@ def _is_checked(identity: str, fraction: float) -> bool:
 def _refuse_difference(task: UnitTask, encoder: Encoder, document: Document | TokenDocument, text: str, ids: np.ndarray[Any, Any]) -> None:
     if not check_ids(encoder, text, ids):
         raise UserError(
-            f"fastokens and tokenizers give different ids for document {document.position} of {document.file} (source "
-            f"{document.source}, id {document.document_id}); set data.tokenizer.engine to tokenizers, and start again."
+            f"fastokens and tokenizers give different ids for the document at position {document.position} of {document.file} "
+            f"(source {document.source}, id {document.document_id}); set data.tokenizer.engine to tokenizers, and start again."
         )
 
 
@@ -237,6 +240,7 @@ class _OpenSplit:
         self._dtype = token_dtype(encoder.vocabulary_size)
         self._seed = f"{task.recipe.data.seed}\0".encode()
         self._limit = task.recipe.data.shard_tokens
+        self._packed_lengths = task.recipe.data.packed_lengths
         self._gathered: list[tuple[bytes, np.ndarray[Any, Any], DocumentSpan]] = []
         self._num_tokens = 0
         self._shards: list[ShardRecord] = []
@@ -270,7 +274,25 @@ class _OpenSplit:
         total = Counts(num_tokens=first, num_documents=len(spans), num_bytes=sum(span.num_bytes for span in spans))
         sources[spans[0].source] = total
         write_spans(prefix, spans, self._facts)
-        files = [f"{name}.bin", f"{name}.idx", f"{name}.documents.parquet"]
+        write_checksums(prefix)
+        packings = self._pack(prefix, np.array([0, *(span.first_token + span.num_tokens for span in spans)]))
+        files = [f"{name}{suffix}" for suffix in (".bin", ".idx", CHECKSUMS, ".documents.parquet")]
+        files += [packs_name(name, int(length)) for length in packings]
         records = {file: record_file(self._folder / file) for file in files}
-        self._shards.append(ShardRecord(name=name, files=records, sources=sources, **total.model_dump()))
+        self._shards.append(ShardRecord(name=name, files=records, sources=sources, packings=packings, **total.model_dump()))
         self._gathered, self._num_tokens = [], 0
+
+    def _pack(self, prefix: Path, document_starts: np.ndarray[Any, Any]) -> dict[str, PackingRecord]:
+        """Write an index of best-fit packing for each length that training data is wanted in."""
+        packings: dict[str, PackingRecord] = {}
+        for length in self._packed_lengths if self._split == "train" else ():
+            packs = pack_documents(document_starts, length)
+            write_packs(Path(packs_name(prefix, length)), packs)
+            packed, chopped = count_best_fit(packs, document_starts), count_chopped(document_starts, length)
+            packings[str(length)] = PackingRecord(
+                num_packs=packed.num_packs,
+                documents_cut=packed.documents_cut,
+                padding_tokens=packed.padding_tokens,
+                documents_cut_when_chopped=chopped.documents_cut,
+            )
+        return packings

@@ -45,7 +45,13 @@ class SpeedMeter:
         self._clock = clock
         self._heard = clock()
         self._stage, self._done = "", 0
+        self._stage_began = self._heard
         self._since, self._done_before = self._heard, 0
+
+    @property
+    def stage_seconds(self) -> float:
+        """From the start of the stage to its last report."""
+        return self._heard - self._stage_began
 
     def starts_stage(self, progress: "StageProgress") -> bool:
         """Whether this report is the first of a stage, or of one that is gone through again."""
@@ -56,6 +62,8 @@ class SpeedMeter:
         now = self._clock()
         if self.starts_stage(progress):  # its first report may come behind its first piece of work
             self._since, self._done_before = now if progress.done == 0 else self._heard, 0
+            if progress.stage != self._stage:
+                self._stage_began = self._since
         made = progress.num_documents, progress.num_bytes, progress.num_tokens
         if progress.stage in FINDS_UNITS and not any(made):
             self._since, self._done_before = now, progress.done
@@ -80,20 +88,30 @@ def describe_speed(progress: "StageProgress", speed: Speed) -> str:
 
 
 class LineReport:
-    """A line when a stage starts, and then one every `LINE_SECONDS` at most."""
+    """A line when a stage starts, then one every `LINE_SECONDS` at most, and one when it has ended."""
 
     def __init__(self, say: Callable[[str], Any], clock: Callable[[], float] = time.monotonic) -> None:
         self._say, self._clock, self._meter, self._next = say, clock, SpeedMeter(clock), 0.0
+        self._stage, self._line, self._num_reports = "", "", 0
 
     def __call__(self, progress: "StageProgress") -> None:
         """Report on a build."""
+        if progress.stage != self._stage:
+            self.end_stage()
+            self._stage, self._num_reports = progress.stage, 0
         starts = self._meter.starts_stage(progress)
         figures = describe_speed(progress, self._meter.measure(progress))
-        if not starts and self._clock() < self._next:
-            return
-        self._next = self._clock() + LINE_SECONDS
         counted = f"{progress.done} of {progress.total} {COUNTED[progress.stage]} " if progress.stage in COUNTED else ""
-        self._say(f"{progress.stage}: {counted}{figures}".rstrip())
+        self._line = f"{counted}{figures}".rstrip()
+        self._num_reports += 1
+        if starts or self._clock() >= self._next:
+            self._next = self._clock() + LINE_SECONDS
+            self._say(f"{self._stage}: {self._line}")
+
+    def end_stage(self) -> None:
+        """Say what came of the stage; the next one's first report does so too. What was done in one report is said already."""
+        if self._num_reports > 1:
+            self._say(f"{self._stage}: done in {spell_duration(self._meter.stage_seconds)}, {self._line}")
 
 
 class BarReport:
@@ -121,7 +139,9 @@ def build_with_progress(data: DataSection, say: Callable[[str], Any], rebuild: b
     began = time.monotonic()
     page = Page(Console(stderr=True), say)
     if page.is_plain:
-        result = build.build_dataset(data, LineReport(say), rebuild=rebuild)
+        report = LineReport(say)
+        result = build.build_dataset(data, report, rebuild=rebuild)
+        report.end_stage()
     else:
         columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False)
         with Progress(*columns, console=page.console) as bar:
@@ -144,7 +164,11 @@ def tell_result(folder: str, result: "BuildResult", seconds: float, page: Page) 
         counts = [f"{key.removeprefix('num_').replace('_', ' ')} {value:,}" for key, value in found.items() if value]
         page.say(f"deduplication: {', '.join(counts)}")
     if result.outcome == "unchanged":
-        page.say(f"{folder} is built from this input already: nothing to do.")
+        page.say(
+            f"{folder} is built from this input already: nothing to do. Judged by the names, sizes and times of the input files and by "
+            "the sizes of the shards: their bytes were not read (but those of an input file that has another time); "
+            f"`pretrain data verify {folder}` reads every byte of the shards."
+        )
     elif result.num_units_kept:
         page.say(f"{result.num_units_kept} of {result.num_units} work units were there from an earlier start.")
     if result.skipped:

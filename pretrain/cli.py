@@ -162,8 +162,8 @@ def data_build(
 ) -> None:
     """Build the dataset of a run file. A killed build goes on where it was.
 
-    It tells how far it is: by bars in a terminal, elsewhere by a line per stage and one every 30 seconds. Interrupted, it
-    ends with exit status 75.
+    It tells how far it is: by bars in a terminal, elsewhere by a line where a stage starts, one where it has ended, and one every
+    30 seconds. Interrupted, it ends with exit status 75.
 
     Example: pretrain data build configs/runs/demo.yaml data.workers=2
     """
@@ -206,7 +206,8 @@ def data_sample(
     seed: Annotated[int, typer.Option(min=0, help="The same seed chooses the same documents.")] = 0,
     tokens: Annotated[int, typer.Option(min=1, help="Show so many tokens of each.")] = 200,
     document: Annotated[
-        str | None, typer.Option(metavar="ID", help="Only the document of this id, of either split.", show_default=False)
+        str | None,
+        typer.Option(metavar="ID", help="Only the document of this id, or of this name; of either split.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -225,7 +226,7 @@ def data_sample(
 
     folder = _find_data(data)
     if document is not None:
-        found = [find_document(folder, document, tokens)]
+        found = [find_document(folder, document, source, tokens)]
     else:
         found = sample_documents(folder, source, split, count, seed, tokens)
     if as_json:

@@ -6,7 +6,7 @@ a terminal, plain lines elsewhere.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -88,7 +88,8 @@ def tell_differences(found: dict[str, Any], page: Page) -> None:
         page.say("equal: their manifests are the same byte for byte, and so is what these promise")
         return
     for title in ("configuration", "tokenizer", "libraries"):
-        _tell_pairs(title, {name: [_short_value(value) for value in pair] for name, pair in found[title].items()}, page)
+        pairs = dict(one for name, pair in found[title].items() for one in _spread(name, *pair))
+        _tell_pairs(title, {name: [_short_value(value) for value in pair] for name, pair in pairs.items()}, page)
     _tell_rules_and_inputs(found, page)
     counts: dict[str, list[str]] = {}
     for name, pair in found["sources"].items():
@@ -106,6 +107,16 @@ def tell_differences(found: dict[str, Any], page: Page) -> None:
         f"number of tokens or bytes, {documents['in_other_split']:,} in the other split), {documents['only_in_a']:,} only in A, "
         f"{documents['only_in_b']:,} only in B"
     )
+
+
+def _spread(name: str, left: Any, right: Any) -> Iterator[tuple[str, list[Any]]]:
+    """A section that only one of two datasets has, key by key as far as it says anything; other pairs as they are."""
+    section = left if right is None else right
+    if isinstance(section, dict) and None in (left, right):
+        for key, value in section.items():
+            yield from _spread(f"{name}.{key}", *((value, None) if right is None else (None, value)))
+    elif left != right:
+        yield name, [left, right]
 
 
 def _tell_pairs(title: str, pairs: dict[str, list[str]], page: Page) -> None:
@@ -132,11 +143,12 @@ def _tell_rules_and_inputs(found: dict[str, Any], page: Page) -> None:
                 page.say(line)
 
 
-def tell_rules(rules: dict[str, str], page: Page) -> None:
+def tell_rules(rules: dict[str, dict[str, Any]], page: Page) -> None:
     """Every rule with its settings and their defaults, and below it what it does."""
-    for signature, description in rules.items():
-        page.say(fill(signature, TEXT_WIDTH, subsequent_indent="        ", break_long_words=False))
-        page.say(fill(description, TEXT_WIDTH, initial_indent="    ", subsequent_indent="    ", break_long_words=False))
+    for name, rule in rules.items():
+        settings = [f"{key}={one['default']!r}" if "default" in one else key for key, one in rule["settings"].items()]
+        page.say(fill(f"{name}({', '.join(settings)})", TEXT_WIDTH, subsequent_indent="        ", break_long_words=False))
+        page.say(fill(rule["summary"], TEXT_WIDTH, initial_indent="    ", subsequent_indent="    ", break_long_words=False))
 
 
 def verify_with_progress(folder: Path, say: Callable[[str], Any]) -> list[str]:
@@ -220,7 +232,5 @@ def _place(example: dict[str, Any]) -> str:
 
 
 def _short_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{{{', '.join(value)}}}"
     text = "-" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("configs", "data_pipeline", "pretrain", "launch")
 
 # What training reads of the pipeline: its files, never its stages.
-CONTRACT = ("data_pipeline.shards", "data_pipeline.manifest", "data_pipeline.tokenizer")
+CONTRACT = (
+    *("data_pipeline.shards", "data_pipeline.manifest", "data_pipeline.tokenizer"),
+    *("data_pipeline.checksums", "data_pipeline.packing"),
+)
 WINGS = ("pretrain.model", "pretrain.data", "pretrain.engine", "pretrain.checkpoint", "pretrain.run", "pretrain.watch")
 
 # Module or package -> what of ours it may import, besides itself. The longest name that fits a module counts.

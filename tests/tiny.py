@@ -1,14 +1,19 @@
-"""A tiny dataset of real text, made without Ray: what training tests learn from."""
+"""A tiny dataset of real text, made without Ray: what training tests learn from. And tokens of one's own as a corpus."""
 
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from configs.durable import sha256_of_file
+from data_pipeline.checksums import write_checksums
 from data_pipeline.manifest import FORMAT_VERSION, Counts, DocumentCounts, FileRecord, Manifest, ShardRecord, write_manifest
 from data_pipeline.shards import DocumentSpan, ShardWriter, write_spans
 from data_pipeline.tokenizer import end_of_text_id, tokenizer_hash, train_tokenizer, vocabulary_size
+from pretrain.data.corpus import Corpus, hash_source
+from pretrain.data.order import SourceSize
+from pretrain.data.tokens import TokenFiles, TokenStream
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -36,25 +41,10 @@ def write_tiny_dataset(folder: Path, num_documents: int = 300, seed: int = 7) ->
     parts = {"units/00000/train": texts[:third], "units/00001/train": texts[third : 2 * third], "units/00001/held_out": texts[2 * third :]}
     records: dict[str, list[ShardRecord]] = {"train": [], "held_out": []}
     for name, documents in parts.items():
-        prefix = folder / name
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        spans = []
-        with ShardWriter(prefix, np.dtype(np.uint16)) as writer:
-            for number, text in enumerate(documents):
-                tokens = np.array([*tokenizer.encode(text).ids, end])
-                spans.append(DocumentSpan(f"{number:012x}", "sums", "sums.txt", number, writer.num_tokens, len(tokens), len(text.encode())))
-                writer.add_document(tokens)
-        write_spans(prefix, spans, {"tokenizer_sha256": tokenizer_hash(folder / "tokenizer.json")})
-        counts = {
-            "num_tokens": writer.num_tokens,
-            "num_documents": len(documents),
-            "num_bytes": sum(len(text.encode()) for text in documents),
-        }
-        files = {
-            f"{name}{suffix}": FileRecord(bytes=Path(f"{prefix}{suffix}").stat().st_size, sha256=sha256_of_file(Path(f"{prefix}{suffix}")))
-            for suffix in (".bin", ".idx", ".documents.parquet")
-        }
-        records[name.rpartition("/")[2]].append(ShardRecord(name=name, files=files, sources={"sums": Counts(**counts)}, **counts))
+        tokens = [np.array([*tokenizer.encode(text).ids, end]) for text in documents]
+        records[name.rpartition("/")[2]].append(
+            write_shard(folder, name, "sums", tokens, num_bytes=[len(text.encode()) for text in documents])
+        )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_sha256=tokenizer_hash(folder / "tokenizer.json"),
@@ -71,3 +61,43 @@ def write_tiny_dataset(folder: Path, num_documents: int = 300, seed: int = 7) ->
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def write_shard(
+    folder: Path, name: str, source: str, documents: Sequence[np.ndarray], dtype: str = "uint16", num_bytes: Sequence[int] | None = None
+) -> ShardRecord:
+    """A shard as the pipeline would write it, of documents that end with their end of text; `num_bytes` of each one's text."""
+    prefix = folder / name
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    spans: list[DocumentSpan] = []
+    with ShardWriter(prefix, np.dtype(dtype)) as writer:
+        for number, (tokens, size) in enumerate(zip(documents, num_bytes or [1] * len(documents), strict=True)):
+            spans.append(DocumentSpan(f"{number:012x}", source, f"{source}.txt", number, writer.num_tokens, len(tokens), size))
+            writer.add_document(tokens)
+    write_checksums(prefix)
+    tokenizer = folder / "tokenizer.json"
+    write_spans(prefix, spans, {"tokenizer_sha256": tokenizer_hash(tokenizer)} if tokenizer.exists() else {})
+    counts = Counts(num_tokens=writer.num_tokens, num_documents=len(spans), num_bytes=sum(span.num_bytes for span in spans))
+    files = {
+        f"{name}{suffix}": FileRecord(bytes=Path(f"{prefix}{suffix}").stat().st_size, sha256=sha256_of_file(Path(f"{prefix}{suffix}")))
+        for suffix in (".bin", ".idx", ".crc32c", ".documents.parquet")
+    }
+    return ShardRecord(name=name, files=files, sources={source: counts}, **counts.model_dump())
+
+
+def write_corpus(
+    folder: Path, sources: Mapping[str, Sequence[np.ndarray]], sequence_length: int, end_of_text: int, dtype: str = "int32"
+) -> Corpus:
+    """Tokens of one's own as an opened corpus: of each source the tokens of each of its files; nothing is held out."""
+    records = {
+        name: [write_shard(folder, f"{name}-{number}", name, [tokens], dtype) for number, tokens in enumerate(files)]
+        for name, files in sources.items()
+    }
+    files = TokenFiles(folder, [record for shards in records.values() for record in shards], dtype, end_of_text)
+    sizes, streams, first = [], [], 0
+    for name, shards in records.items():
+        streams.append(TokenStream(files, first, [shard.num_tokens for shard in shards]))
+        sizes.append(SourceSize(name, (len(streams[-1]) // sequence_length,), hash_source(shards)))
+        first += len(shards)
+    held_out = TokenStream(TokenFiles(folder, (), dtype, end_of_text), 0, [])
+    return Corpus(tuple(sizes), tuple(streams), held_out, 0, end_of_text, "no tokenizer")

@@ -18,6 +18,7 @@ from configs.errors import UserError
 from configs.schema import DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection, TokenizerSection
 from data_pipeline import build as conductor
 from data_pipeline.build import build_dataset
+from data_pipeline.documents import identify_document
 from data_pipeline.execution import open_here
 from data_pipeline.manifest import load_manifest, verify_dataset
 from data_pipeline.ownership import own_folder
@@ -110,6 +111,11 @@ def test_deduplication_loses_no_word_of_what_was_left_out(corpus, data_for, buil
     for reason, file in (("exact_duplicate", "zz-copy"), ("near_duplicate", "zz-near"), ("too_short", "short")):
         example = json.loads((result.folder / "dropped" / f"{reason}.jsonl").read_text())
         assert (example["file"], example["reason"]) == (f"{file}.txt", reason)
+        if reason == "near_duplicate":
+            identity = identify_document("mine", "odd/text-03.txt", 0)
+            assert example["survivor"] == {"document_id": identity, "source": "mine", "file": "odd/text-03.txt", "position": 0}
+        else:
+            assert "survivor" not in example
     assert result.report["sources"]["mine"]["dropped"] == counts.dropped
     assert not (result.folder / "survey").exists() and not (result.folder / "duplicates").exists()
 
@@ -126,12 +132,21 @@ def test_too_much_quarantine_stops_and_continues(corpus, data_for, build):
     assert result.manifest.documents.quarantined == {"bad_utf8": 3, "empty": 3}
 
 
-def test_a_failing_rule_is_named_and_its_mending_goes_on(corpus, data_for, build):
+def test_a_failing_rule_is_named_and_its_mending_goes_on(corpus, data_for, build, tmp_path, monkeypatch):
     """Nothing was finished: the mended run file is not held against what never came to be."""
-    broken = (RuleSection(rule="gopher_quality", settings={"min_words": "many"}),)
-    with pytest.raises(UserError, match=r"no document passes data.clean: the rule gopher_quality failed on document 0 of .*TypeError"):
-        build(data_for(corpus, clean=broken))
+    (tmp_path / "failing_rule.py").write_text("def judge(document):\n    raise TypeError('boom')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    wanted = r"no document passes data.clean: the rule failing_rule:judge failed on the document at position 0 of .*TypeError: boom"
+    with pytest.raises(UserError, match=wanted):
+        build(data_for(corpus, clean=(RuleSection(rule="failing_rule:judge"),)))
     assert build(data_for(corpus)).outcome == "built"
+
+
+def test_a_setting_that_no_rule_can_take_is_refused_before_anything_is_there(corpus, data_for, build):
+    data = data_for(corpus, clean=(RuleSection(rule="gopher_quality", settings={"min_words": "many"}),))
+    with pytest.raises(UserError, match=r"^data.clean\[0\] \(gopher_quality\): setting 'min_words': found \"many\", wanted"):
+        build(data)
+    assert not Path(data.folder()).exists()
 
 
 def test_a_failing_reader_of_ones_own_is_named(corpus, data_for, build, tmp_path, monkeypatch):
@@ -237,7 +252,7 @@ def test_changed_input_is_refused(corpus, data_for, build, hashes):
         data_for(corpus, tokenizer=TokenizerSection(vocabulary_size=401, training_bytes=50_000))
     )
     two = (SourceSection(name="first", path=str(corpus / "odd")), SourceSection(name="mine", path=str(corpus / "even")))
-    assert "data.sources.first.format: was None, is 'auto'" in refusal(data_for(corpus, sources=two))
+    assert "data.sources: first was added" in refusal(data_for(corpus, sources=two))
     assert build(data).outcome == "unchanged" and hashes(folder) == before
 
 
@@ -338,13 +353,17 @@ def test_workers_do_not_change_a_byte(corpus, data_for, build, hashes, two_worke
         assert hashes(result.folder) == reference
 
 
-def test_progress_reaches_its_ends(corpus, data_for):
+@pytest.mark.parametrize("fraction", [0.2, 1e-9])  # of the second, a document is moved and its unit made again
+def test_progress_reaches_its_ends(corpus, data_for, fraction):
     seen: list = []
-    build_dataset(data_for(corpus), seen.append, open_here)
+    result = build_dataset(data_for(corpus, held_out_fraction=fraction), seen.append, open_here)
+    assert [(stage["stage"], stage["num_units"]) for stage in result.report["stages"]] == [("tokens", result.num_units)]
+    assert result.report["stages"][0]["num_documents"] - 24 in (range(1) if fraction == 0.2 else range(1, 24))
     assert list(dict.fromkeys(progress.stage for progress in seen)) == ["plan", "tokenizer", "tokens", "manifest"]
     for stage in ("plan", "tokenizer", "tokens", "manifest"):
         ends = [progress for progress in seen if progress.stage == stage]
         assert ends[-1].done == ends[-1].total and [p.done for p in ends] == sorted(p.done for p in ends)
+        assert len({p.total for p in ends}) == 1
 
 
 PROGRAM = """

@@ -1,13 +1,16 @@
 """How two datasets differ: what is told is so, and what differs is told."""
 
+import copy
 import json
+import random
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 
 from configs.errors import UserError
 from configs.schema import RuleSection, TokenizerSection
-from data_pipeline.compare import compare_datasets
+from data_pipeline.compare import compare_datasets, differing_keys
 from data_pipeline.documents import identify_document, place_document
 from data_pipeline.manifest import load_manifest
 from data_pipeline.show import sample_documents, show_dataset
@@ -108,6 +111,58 @@ def test_sources_are_compared_by_name_and_their_order_is_told(two_sources, build
     found = compare_datasets(one, alone)
     assert list(found["configuration"]) == ["sources.rows"] and found["configuration"]["sources.rows"][1] is None
     assert found["sources"]["rows"][1] is None and found["inputs"]["only_in_a"] == ["rows:rows.jsonl"]
+    lines = rows.model_copy(update={"name": "lines"})
+    renamed = build(two_sources.model_copy(update={"sources": (texts, lines), "root": str(tmp_path / "renamed")})).folder
+    assert compare_datasets(one, renamed)["configuration"] == {"sources.lines.name": ["rows", "lines"]}
+
+
+def test_keys_differ_where_configurations_do(seed):
+    """Of any configurations: nothing differs just where they are equal (a key without a value is as none), and no pair is equal."""
+    chosen = random.Random(seed)
+
+    def make(depth: int) -> Any:
+        kind = chosen.choice(("mapping", "named", "list", "value") if depth else ("value",))
+        below = [make(depth - 1) for _ in range(chosen.randrange(3))] if depth else []
+        if kind == "mapping":
+            return dict(zip("ab", below, strict=False))
+        if kind == "named":
+            return [{"name": chosen.choice("pqr"), "value": value} for value in below]
+        return [{"value": value} for value in below] if kind == "list" else chosen.choice((0, "", "x", [], ["x"]))
+
+    num_equal = 0
+    for _ in range(5000):
+        one, other = ({key: chosen.choice((None, make(2), make(2))) for key in "kl"} for _ in range(2))
+        found, turned = differing_keys(one, other), differing_keys(other, one)
+        assert (found == {}) == (one == other) == (turned == {}), (one, other)
+        assert differing_keys(one, copy.deepcopy(one)) == {}
+        assert all(left != right for left, right in found.values()), (one, other, found)
+        num_equal += one == other
+    assert num_equal > 10
+
+
+def test_matched_by_name(seed):
+    """Sources that are removed, added, renamed and shuffled: told are just these, and what was changed of the others."""
+    chosen = random.Random(seed)
+    for _ in range(300):
+        before = [{"name": f"s{number}", "path": f"p{number}", "settings": {"split": number}} for number in range(6)]
+        now = copy.deepcopy(before)
+        removed, renamed, changed = chosen.sample(now, 3)
+        renamed["name"], changed["settings"] = "new", {"split": "other"}
+        now.remove(removed)
+        added = {"name": "added", "path": "p", "settings": {}}
+        now.insert(chosen.randrange(6), added)
+        old_name = f"s{renamed['path'][1:]}"
+        number = int(changed["path"][1:])
+        wanted = {
+            f"sources.{removed['name']}": [removed, None],
+            "sources.added": [None, added],
+            "sources.new.name": [old_name, "new"],
+            f"sources.s{number}.settings.split": [number, "other"],
+        }
+        assert differing_keys({"sources": before}, {"sources": now}) == wanted
+        now.append(now.pop(next(place for place, source in enumerate(now) if source["name"] != "added")))
+        in_order = [source["name"] for source in now if source["name"] != "added"]
+        assert differing_keys({"sources": before}, {"sources": now}).keys() - wanted.keys() == {"sources"}, in_order
 
 
 def test_damage_is_said_and_not_compared(corpus, data_for, build, tmp_path):

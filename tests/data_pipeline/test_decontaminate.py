@@ -10,7 +10,7 @@ import zstandard
 
 from configs.errors import UserError
 from data_pipeline import decontaminate as module
-from data_pipeline.decontaminate import decontaminate, find_overlap, split_plain_words
+from data_pipeline.decontaminate import decontaminate, find_overlap, load_evaluations, split_plain_words
 from data_pipeline.documents import Document
 
 QUESTION = "Which of the two trains that leave the station at noon is the first to arrive in town?"  # 18 words
@@ -19,6 +19,10 @@ SHORT = "Nine men went to mow, went to mow"  # 8 words
 
 def document_of(text: str) -> Document:
     return Document("web", "file", 0, text)
+
+
+def shown_overlap(text: str, path: str, fields: tuple[str, ...] = ("text",)) -> str | None:
+    return find_overlap(text, load_evaluations((path,), fields, ngram_words=13, shortest_words=8), minimum_overlap=1)
 
 
 @pytest.fixture
@@ -47,18 +51,17 @@ def evaluation(tmp_path):
 )
 def test_runs(evaluation, text, is_found):
     assert decontaminate(document_of(text), paths=(evaluation,)) == ("contaminated" if is_found else document_of(text))
-    assert (find_overlap(document_of(text), paths=(evaluation,)) is not None) == is_found
+    assert (shown_overlap(text, evaluation) is not None) == is_found
 
 
 def test_overlap_is_shown(evaluation):
-    shown = find_overlap(document_of(f"He asked: {QUESTION}"), paths=(evaluation,))
-    assert shown == "which of the two trains that leave the station at noon is the"
+    assert shown_overlap(f"He asked: {QUESTION}", evaluation) == "which of the two trains that leave the station at noon is the"
 
 
 def test_short_texts_are_looked_for_as_a_whole(evaluation):
     settings = {"paths": (evaluation,), "fields": ("text", "choices")}
     assert decontaminate(document_of(f"so: {SHORT.upper()}, then"), **settings) == "contaminated"
-    assert find_overlap(document_of(f"so {SHORT} then"), **settings) == "nine men went to mow went to mow"
+    assert shown_overlap(f"so {SHORT} then", evaluation, settings["fields"]) == "nine men went to mow went to mow"
     assert isinstance(decontaminate(document_of("nine men went to mow went to"), **settings), Document)
     assert isinstance(decontaminate(document_of(SHORT), **settings, shortest_words=9), Document)
     assert isinstance(decontaminate(document_of("yes, it is"), **settings), Document)
@@ -112,13 +115,13 @@ def test_equal_hashes_drop_nothing(evaluation, monkeypatch):
             yield num_words, np.zeros(len(numbers) - num_words + 1, dtype=np.uint64)
 
     monkeypatch.setattr(module, "_hash_runs", all_alike)
-    module._load_evaluations.cache_clear()
+    module.load_evaluations.cache_clear()
     try:
         other = "which of the two trains that leave the station at noon was the first to be seen"
-        assert find_overlap(document_of(other), paths=(evaluation,)) is None
+        assert shown_overlap(other, evaluation) is None
         assert decontaminate(document_of(QUESTION), paths=(evaluation,)) == "contaminated"
     finally:
-        module._load_evaluations.cache_clear()
+        module.load_evaluations.cache_clear()
 
 
 def test_like_a_plain_search(tmp_path, seed):

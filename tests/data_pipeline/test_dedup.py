@@ -22,7 +22,6 @@ from data_pipeline.dedup import (
     NEAR_DUPLICATE,
     Duplicates,
     are_marked,
-    connected_components,
     count_matches,
     exact_partition,
     find_duplicates,
@@ -30,7 +29,6 @@ from data_pipeline.dedup import (
     mark_documents,
     near_partition,
     needed_matches,
-    unite,
 )
 from data_pipeline.minhash import NO_SHINGLES, band_hashes, signatures
 from data_pipeline.signature_files import Survey, write_survey
@@ -75,8 +73,8 @@ def numbers_by_reason(found: Duplicates, bounds: Sequence[int]) -> dict[int, lis
     return result
 
 
-def search_slowly(documents: Documents, settings: DeduplicationSection, limits: Limits) -> dict[int, list[int]]:
-    """The definition of the module's docstring, in plain Python."""
+def search_slowly(documents: Documents, settings: DeduplicationSection, limits: Limits) -> tuple[dict[int, list[int]], list[int]]:
+    """The definition of the module's docstring, in plain Python; and which document stays in place of each, as a near duplicate."""
     count = len(documents.hashes)
     seen: set[tuple[int, ...]] = set()
     exact: list[int] = []
@@ -113,7 +111,7 @@ def search_slowly(documents: Documents, settings: DeduplicationSection, limits: 
                         connect(joined[0], number)
                     elif len(centres) < limits.MOST_CENTRES:
                         centres.append(number)
-    return {EXACT_DUPLICATE: exact, NEAR_DUPLICATE: [number for number in range(count) if lowest[number] != number]}
+    return {EXACT_DUPLICATE: exact, NEAR_DUPLICATE: [number for number in range(count) if lowest[number] != number]}, lowest
 
 
 def find(root: Path, documents: Documents, bounds: Sequence[int], settings: DeduplicationSection, rng: random.Random) -> Duplicates:
@@ -148,15 +146,17 @@ def test_it_finds_what_a_slow_search_finds(seed: int, count: int, kinds: int, ex
             patch.setattr(signature_files if name == "BLOCK_BYTES" else dedup, name, value)
         found = find(Path(root), documents, bounds, settings, rng)
         by_reason = numbers_by_reason(found, bounds)
-        assert by_reason == search_slowly(documents, settings, limits)
+        wanted, lowest = search_slowly(documents, settings, limits)
+        assert by_reason == wanted
         assert found.counts.num_documents == count
         assert found.counts.num_exact_duplicates == len(by_reason[EXACT_DUPLICATE])
         assert found.counts.num_near_duplicates == len(by_reason[NEAR_DUPLICATE])
         for index, unit in enumerate(found.units):
             again = load_duplicates(Path(root) / "work", index)
             assert (again.ordinals.tolist(), again.reasons.tolist()) == (unit.ordinals.tolist(), unit.reasons.tolist())
+            assert again.survivors.tolist() == [lowest[bounds[index] + ordinal] for ordinal in unit.ordinals.tolist()]
         left = {path.name for path in (Path(root) / "work").iterdir()}
-        assert left - {dedup.LOSERS} == {dedup.ORDINALS, dedup.REASON_CODES, dedup.UNIT_BOUNDS}
+        assert left - {dedup.LOSERS} == {dedup.ORDINALS, dedup.REASON_CODES, dedup.SURVIVORS, dedup.UNIT_BOUNDS}
 
 
 def test_neither_units_nor_tasks_matter(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
@@ -239,30 +239,6 @@ def test_a_large_bucket_costs_a_bounded_number_of_comparisons(tmp_path: Path, se
     assert edges.pairs.tolist() == [[0, number] for number in range(5000, 20_000, 100)]
     assert edges.num_compared <= dedup.MOST_CENTRES * 20_000
     assert edges.num_refused == edges.num_compared - 150
-
-
-@given(st.integers(1, 60), st.integers(0, 80), st.integers(0, 2**32), st.integers(1, 4))
-def test_components_are_those_of_a_search(count: int, num_edges: int, seed: int, batches: int):
-    rng = np.random.default_rng(seed)
-    edges = rng.integers(0, count, (num_edges, 2))
-    lowest = list(range(count))
-    for first, second in edges.tolist():
-        old, new = sorted((lowest[first], lowest[second]), reverse=True)
-        lowest = [new if label == old else label for label in lowest]
-    assert connected_components(edges, count).tolist() == lowest
-    parents = np.arange(count, dtype=np.uint32)
-    for batch in np.array_split(edges, batches):
-        unite(parents, batch)
-    assert dedup.find_roots(parents, np.arange(count)).tolist() == lowest
-
-
-@pytest.mark.parametrize("shape", ["path", "shuffled path", "star", "upside-down star"])
-def test_components_of_long_shapes_are_fast(seed: int, shape: str):
-    rng = np.random.default_rng(seed)
-    names = rng.permutation(200_000) if shape == "shuffled path" else np.arange(200_000)
-    first = {"star": np.zeros(199_999, dtype=np.int64), "upside-down star": np.full(199_999, 199_999)}.get(shape, names[:-1])
-    second = names[:-1] if shape == "upside-down star" else names[1:]
-    assert not connected_components(np.stack([first, second], axis=1), 200_000).any()
 
 
 def test_bits(seed: int):

@@ -211,7 +211,7 @@ def test_a_copy_is_the_file_itself_where_that_is_local(tmp_path):
 
 def test_a_web_server(tmp_path, monkeypatch):
     """Its pages are the listing; one that knows no ranges gives whole files."""
-    pytest.importorskip("aiohttp")
+    pytest.importorskip("aiohttp", reason="needs aiohttp, which pretrain[remote] brings")
     monkeypatch.setattr(fetch, "WAIT_SECONDS", (0.0, 0.0, 0.0))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_bytes(lines(100))

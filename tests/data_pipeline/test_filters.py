@@ -27,7 +27,7 @@ from data_pipeline.filters import (
 )
 from data_pipeline.words import SYMBOLS, TERMINAL_PUNCTUATION
 
-spacy = pytest.importorskip("spacy")
+spacy = pytest.importorskip("spacy", reason="needs spaCy, which pretrain[filters] brings")
 
 # datatrove's reason -> ours, where it is not the same word.
 REASONS = {

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configs.errors import UserError
 from configs.schema import DataSection, SourceSection
 from data_pipeline.find import find_files
 from data_pipeline.sources import plan_units
@@ -61,6 +62,28 @@ def test_the_dataset_is_no_input(tmp_path):
     put(tmp_path, a_DOT_txt=b"a", built__units__00000__train_DOT_documents_DOT_parquet=b"p")
     plan = plan_units(DataSection(root=str(tmp_path / "built"), sources=(SourceSection(name="mine", path=str(tmp_path)),)))
     assert [file.name for file in plan.files] == ["a.txt"] and plan.skipped == {}
+
+
+def test_an_output_folder_that_is_a_source_is_said(tmp_path):
+    texts = put(tmp_path / "texts", a_DOT_txt=b"a", below__b_DOT_txt=b"b")
+
+    def refusal(path: Path | str, root: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            plan_units(DataSection(root=str(root), sources=(SourceSection(name="mine", path=str(path)),)))
+        return str(caught.value)
+
+    wanted = "wanted an output folder that holds no source: set data.root to another one"
+    for path in (texts, f"{texts}/*.txt", f"file://{texts}"):
+        message = refusal(path, texts)
+        assert f"'mine': its path {path} is the output folder {texts}, of which nothing is read; {wanted}" in message
+    for path, root in ((texts, tmp_path), (texts / "below", texts)):
+        assert f"its path {path} lies in the output folder {root}, of which nothing is read; {wanted}" in refusal(path, root)
+    (texts / "a.txt").unlink()
+    message = refusal(texts, texts / "below")
+    assert f"{texts} has no file that matches '**/*' outside the output folder {texts / 'below'} (data.root); wanted .txt" in message
+    (texts / "a.txt").write_bytes(b"a")
+    plan = plan_units(DataSection(root=str(texts / "below"), sources=(SourceSection(name="mine", path=str(texts)),)))
+    assert [file.name for file in plan.files] == ["a.txt"]
 
 
 def test_refusals_name_what_to_change(tmp_path):

@@ -53,7 +53,8 @@ def test_every_flipped_bit_is_found(folder):
         flipped = bytearray(whole)
         flipped[chosen.randrange(len(whole))] ^= 1 << chosen.randrange(8)
         path.write_bytes(flipped)
-        assert any(problem.startswith(f"{name}: its SHA-256") for problem in verify_dataset(folder)), name
+        [problem] = verify_dataset(folder)
+        assert problem.startswith(f"{name}: its SHA-256")
         path.write_bytes(whole)
     assert verify_dataset(folder) == []
 
@@ -63,8 +64,16 @@ def test_missing_and_cut_files_are_named(folder):
     (folder / f"{name}.bin").write_bytes(b"cut")
     (folder / f"{name}.documents.parquet").unlink()
     (folder / "tokenizer.json").unlink()
-    problems = "\n".join(verify_dataset(folder))
-    assert f"{name}.bin: 3 bytes" in problems and f"{name}.documents.parquet: missing" in problems and "tokenizer.json: missing" in problems
+    problems = verify_dataset(folder)
+    assert problems[0] == "tokenizer.json: missing" and len(problems) == 3
+    assert problems[1].startswith(f"{name}.bin: 3 bytes") and problems[2] == f"{name}.documents.parquet: missing"
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "documents.parquet"])
+def test_a_missing_file_is_named_once(folder, suffix):
+    name = f"{load_manifest(folder).shards('train')[0].name}.{suffix}"
+    (folder / name).unlink()
+    assert verify_dataset(folder) == [f"{name}: missing"]
 
 
 def test_tokens_outside_the_vocabulary_are_found(folder):
@@ -92,8 +101,8 @@ def test_what_is_refused(folder, tmp_path):
         (folder / "manifest.json").write_bytes(content)
         with pytest.raises(UserError, match="not a manifest"):
             load_manifest(folder)
-    (folder / "manifest.json").write_bytes(manifest.replace(b'"format_version": 2', b'"format_version": 1'))
-    with pytest.raises(UserError, match="format version 1, this program reads 2"):
+    (folder / "manifest.json").write_bytes(manifest.replace(b'"format_version": 3', b'"format_version": 1'))
+    with pytest.raises(UserError, match="format version 1, this program reads 3"):
         load_manifest(folder)
     (folder / "manifest.json").write_bytes(manifest.replace(b'"kept": ', b'"kept": 1', 1))  # still a manifest, of another dataset
     with pytest.raises(UserError, match="does not have the SHA-256 that its last line says"):

@@ -71,7 +71,7 @@ def test_unicode_forms():
 
 
 def test_mojibake_is_repaired():
-    pytest.importorskip("ftfy")
+    pytest.importorskip("ftfy", reason="needs ftfy, which pretrain[filters] brings")
     assert apply(repair_encoding, "schÃ¶n, â€œquotedâ€\x9d") == "schön, “quoted”"
     unharmed = Document("web", "file", 0, "schön, “quoted” &amp; <b>")
     assert repair_encoding(unharmed) is unharmed
@@ -121,7 +121,7 @@ def test_ip_addresses(text, wanted):
 
 
 def test_addresses_are_found_where_datatrove_finds_them(seed):
-    pii = pytest.importorskip("datatrove.pipeline.formatters.pii")
+    pii = pytest.importorskip("datatrove.pipeline.formatters.pii", reason="needs datatrove, a peer that nothing of ours brings")
     chosen = random.Random(seed)
     # Theirs rotate through their placeholders; with one for all, and ours brought to the same, the spans can be compared.
     peer = pii.PIIFormatter(email_replacement="<email>", ip_replacement="<ip>")

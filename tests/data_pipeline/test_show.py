@@ -6,6 +6,7 @@ import re
 import pytest
 
 from configs.errors import UserError
+from configs.schema import SourceSection
 from data_pipeline.documents import identify_document
 from data_pipeline.manifest import load_manifest
 from data_pipeline.shards import Shard, read_spans
@@ -110,12 +111,45 @@ def test_a_document_is_found_by_its_id(two_sources, build):
     folder = build(two_sources).folder
     for split in ("train", "held_out"):
         for document in sample_documents(folder, None, split, 3, seed=4, num_tokens=9):
-            assert find_document(folder, document.document_id, 9) == document
-    with pytest.raises(UserError, match=r"none of its 34 documents has the id 0{24}.*dropped/\*\.jsonl"):
-        find_document(folder, "0" * 24, 9)
-    for wrong in ("", "0" * 23, "G" * 24):
-        with pytest.raises(UserError, match="wanted 24 digits of 0 to 9 and a to f"):
-            find_document(folder, wrong, 9)
+            for source in (None, document.source):
+                assert find_document(folder, document.document_id, source, 9) == document
+            other = "rows" if document.source == "texts" else "texts"
+            with pytest.raises(UserError, match=rf"none of \d+ documents of {other} has the id or the name '{document.document_id}'"):
+                find_document(folder, document.document_id, other, 9)
+    for wrong in ("0" * 24, "", "short", "http://x/1"):  # the last was dropped
+        with pytest.raises(UserError, match=rf"none of 34 documents has the id or the name '{wrong}'.*dropped/\*\.jsonl"):
+            find_document(folder, wrong, None, 9)
+    with pytest.raises(UserError, match=r"no source 'row'; did you mean 'rows'"):
+        find_document(folder, "http://y/1", "row", 9)
+
+
+def test_a_document_is_found_by_its_name_where_no_id_is_so(tmp_path, data_for, build):
+    """Names are the user's: two sources may share one, a source may use one twice, and one may look like an id, or be one."""
+    identity = identify_document("one", "a.jsonl", 0)
+    named = {"one": ["first", "shared", "f" * 24, identity, "twice", "twice"], "two": ["shared", *["many"] * 30]}
+    for source, names in named.items():
+        (tmp_path / source).mkdir()
+        lines = [json.dumps({"text": f"{source} {number}", "id": name}) for number, name in enumerate(names)]
+        (tmp_path / source / "a.jsonl").write_text("\n".join(lines))
+    sources = tuple(SourceSection(name=source, path=str(tmp_path / source), id_field="id") for source in named)
+    folder = build(data_for(tmp_path, sources=sources)).folder
+
+    def text(wanted: str, source: str | None = None) -> str:
+        return find_document(folder, wanted, source, 100).text.removesuffix(END)
+
+    assert text("first") == text("first", "one") == text(identity) == "one 0"
+    assert text("f" * 24) == "one 2"
+    assert (text("shared", "one"), text("shared", "two")) == ("one 1", "two 0")
+    for wanted, source, count in (("shared", None, 2), ("twice", None, 2), ("twice", "one", 2), ("many", "two", 30)):
+        with pytest.raises(UserError, match=rf"{count} documents have the name '{wanted}'; give the id of one:") as caught:
+            find_document(folder, wanted, source, 100)
+        _, *lines = str(caught.value).splitlines()
+        assert len(lines) == min(count, 11) and (count < 11 or lines.pop() == "  ... and 20 more")
+        for line in lines:
+            shown, place = line.strip().split("  ")
+            document = find_document(folder, shown, source, 100)
+            assert document.name == wanted
+            assert place == f"source {document.source}, file {document.file}, position {document.position}"
 
 
 def test_what_cannot_be_sampled_is_said(corpus, two_sources, data_for, build):

@@ -18,9 +18,8 @@ from configs.errors import UserError
 from configs.schema import DataSection, SourceSection
 from data_pipeline.documents import Document, Rejected, TokenDocument
 from data_pipeline.input_file import InputFile
-from data_pipeline.sampling import SAMPLED_UNITS, sample_texts
 from data_pipeline.shards import ShardWriter
-from data_pipeline.sources import WorkUnit, pack_units, plan_units, read_unit
+from data_pipeline.sources import pack_units, plan_units, read_unit
 from tests.data_pipeline.planning import NOWHERE, items_of, put, refused
 
 
@@ -166,27 +165,3 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
     assert plan.files[0].kind == "my_words:words" and len(plan.files[0].function_sha256) == 64
     assert "cannot be called with a local path and the settings" in refused(tmp_path, source(settings={"other": 1}))
     assert "no field 'text'; set text_field to one of: body" in refused(tmp_path, source(settings={"field": "body"}))
-
-
-def test_a_sample_is_spread_over_the_units():
-    def unit(index: int) -> WorkUnit:
-        return WorkUnit(index, (input_file(f"{index}.txt", 10),))
-
-    asked: list[int] = []
-    told: list[tuple[int, int]] = []
-
-    def read(unit: WorkUnit):
-        asked.append(unit.index)
-        yield TokenDocument("mine", "a", 0, np.zeros(1))
-        yield Document("mine", "a", 1, f"{unit.index:04d}")
-        yield Rejected("mine", "a", 2, None, "empty", "", "")
-        yield Document("mine", "a", 3, "é" * 10)
-
-    for num_units in (0, 1, 10, SAMPLED_UNITS, 10_000):
-        asked.clear()
-        told.clear()
-        texts = list(sample_texts(tuple(map(unit, range(num_units))), 2600, read, lambda done, size: told.append((done, size))))
-        assert len(asked) == len(set(asked)) == min(num_units, SAMPLED_UNITS) == len(told)
-        assert sum(len(text.encode()) for text in texts) <= 2600 and (not told or told[-1][1] <= 2600)
-        if num_units == 10_000:
-            assert asked[0] == 0 and asked[-1] > 9900 and max(np.diff(asked)) < 41

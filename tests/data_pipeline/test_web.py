@@ -140,7 +140,7 @@ def test_pages_want_the_extra(tmp_path, monkeypatch):
 
 
 def test_pages_give_their_text(tmp_path):
-    pytest.importorskip("resiliparse")
+    pytest.importorskip("resiliparse", reason="needs resiliparse, which pretrain[web] brings")
     main = "<html><head><title>t</title><script>no()</script></head><body><p>{}</p></body></html>"
     chunked = b"5\r\n<p>ab\r\n6\r\nc</p>\n\r\n0\r\n\r\n"
     records = [
@@ -177,6 +177,6 @@ def test_pages_give_their_text(tmp_path):
     ],
 )
 def test_a_servers_odd_charset_fails_no_unit(tmp_path, charset, body, wanted):
-    pytest.importorskip("resiliparse")
+    pytest.importorskip("resiliparse", reason="needs resiliparse, which pretrain[web] brings")
     (tmp_path / "a.warc").write_bytes(page(body, media=f"text/html; charset={charset}"))
     assert outcome(read(tmp_path)) == [wanted]

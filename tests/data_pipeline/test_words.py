@@ -9,7 +9,7 @@ from configs.errors import UserError
 from data_pipeline import words as module
 from data_pipeline.words import analyse_words, count_sentences, count_words, forget_words, split_words
 
-spacy = pytest.importorskip("spacy")
+spacy = pytest.importorskip("spacy", reason="needs spaCy, which pretrain[filters] brings")
 
 HARD = [
     "",

@@ -34,13 +34,16 @@ def swallow(document):
     return document
 '''
 TRIES = {"kill": 4, "raise": 1}
-WORDS = {"kill": "its worker died 4 times", "raise": "the rule faults_poison:swallow failed on document 0 of {file} (source texts)"}
+WORDS = {
+    "kill": "its worker died 4 times",
+    "raise": "the rule faults_poison:swallow failed on the document at position 0 of {file} (source texts)",
+}
 LONGEST_REFUSAL = 1500  # a page at most: it is for people
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Corpora, a folder with the rule, and a tokenizer: to train one, the rules run in the driver."""
+    """Corpora, a folder with the rule, and a tokenizer: to train one, the rules run in a worker of the engine."""
 
     corpora: Path
     modules: Path
@@ -69,7 +72,7 @@ def check_poison(case: Case) -> Outcome:
 
 
 def _check_sampling(case: Case) -> Outcome:
-    """The rule raises while texts for the tokenizer are read, in the driver: there too it is the user's to mend."""
+    """The rule raises while texts for the tokenizer are read: there too it is the user's to mend."""
     poisoned = case.prepared.corpora / "texts" / "0" / "000.txt"  # the first of its unit, so it is in the sample
     data = _describe(case.prepared, case.folder / "d", 0).model_copy(update={"tokenizer": TokenizerSection(vocabulary_size=400)})
     environment = {

@@ -1,5 +1,6 @@
 """What `data build` prints is what is so: speeds, lines, tables; and how it ends."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -96,20 +97,48 @@ def test_figures_are_those_there_are() -> None:
     ]
 
 
-def test_without_a_terminal_a_line_per_stage_and_one_every_30_seconds() -> None:
+def test_without_a_terminal_a_line_where_a_stage_starts_and_ends_and_one_every_30_seconds() -> None:
     clock, said = Clock(), list[str]()
     report = LineReport(said.append, clock)
     steps: list[tuple[float, Progress]] = [(0, Progress("plan", 5, 5, "5 files in 100 work units"))]
     steps += [(float(done), Progress("tokens", done, 100, "", 10 * done, done * 1_000_000, done * 100)) for done in range(101)]
     steps += [(101, Progress("manifest", 0, 1, "writing the manifest")), (102, Progress("manifest", 1, 1, "7 tokens to train on"))]
     list(reports(clock, report, steps))
+    report.end_stage()
     assert said == [
         "plan: 5 files in 100 work units",
         "tokens: 0 of 100 work units",
         "tokens: 30 of 100 work units 10 documents/s, 1 MB/s, 100 tokens/s, 70 s left",
         "tokens: 60 of 100 work units 10 documents/s, 1 MB/s, 100 tokens/s, 40 s left",
         "tokens: 90 of 100 work units 10 documents/s, 1 MB/s, 100 tokens/s, 10 s left",
+        "tokens: done in 2 min, 100 of 100 work units 10 documents/s, 1 MB/s, 100 tokens/s",
         "manifest: writing the manifest",
+        "manifest: done in 1 s, 7 tokens to train on",
+    ]
+
+
+def test_a_stage_of_several_rounds_ends_once_with_the_time_of_all() -> None:
+    """Also where it starts behind its first piece of work, and where all was there; what is done in one report is not told twice."""
+    clock, said = Clock(), list[str]()
+    report = LineReport(said.append, clock)
+    steps: list[tuple[float, Progress]] = [
+        (0, Progress("plan", 5, 5, "5 files in 4 work units")),
+        (1, Progress("survey", 0, 4, "starting the workers")),
+        *((2, Progress("survey", done, 4, f"{done} were there")) for done in range(1, 5)),
+        (5, Progress("duplicates", 1, 2, "exact duplicates")),
+        (6, Progress("duplicates", 2, 2, "exact duplicates")),
+        (9, Progress("duplicates", 1, 3, "near duplicates")),
+        (11, Progress("duplicates", 3, 3, "near duplicates")),
+    ]
+    list(reports(clock, report, steps))
+    report.end_stage()
+    assert said == [
+        "plan: 5 files in 4 work units",
+        "survey: 0 of 4 work units (starting the workers)",
+        "survey: done in 1 s, 4 of 4 work units (4 were there)",
+        "duplicates: 1 of 2 tasks 3 s left (exact duplicates)",
+        "duplicates: 1 of 3 tasks 6 s left (near duplicates)",
+        "duplicates: done in 9 s, 3 of 3 tasks (near duplicates)",
     ]
 
 
@@ -129,9 +158,35 @@ def test_a_build_tells_what_came_out(place: Path, run: Run) -> None:
     assert re.search(r"^tokens +\d +0 +\d+\.\d +[\d.]+ +[\d.e-]+ +[\d,]+ +[\d,]+$", said, re.MULTILINE), said
     total = manifest.total("train") + manifest.total("held_out")
     assert f"shards: 11 documents, {total.num_bytes:,} bytes, {total.num_tokens:,} tokens (" in said.splitlines()[-1]
+    for stage, counted in (("tokenizer", r"(\d+) of \1 work units"), ("tokens", r"(\d+) of \1 work units"), ("manifest", r"\d+ tokens")):
+        assert len(re.findall(rf"^{stage}: done in \d+ s, {counted} ", said, re.MULTILINE)) == 1, said
     again = run("build", "run.yaml").err
     assert "shards is built from this input already: nothing to do." in again
     assert WHAT_COMES_OUT.splitlines()[6] in again and "documents/s" not in again
+
+
+def test_an_unchanged_dataset_is_judged_by_what_is_said(place: Path, run: Run) -> None:
+    """Names, sizes and times: bytes that changed behind them are not seen, and `data verify` finds those of the shards."""
+    run("build", "run.yaml")
+    for path in (place / "notes" / "0.txt", next((place / "shards" / "units").glob("*/*.bin"))):
+        status, content = path.stat(), path.read_bytes()
+        path.write_bytes(content[:-2] + b"!" + content[-1:])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (
+        "shards is built from this input already: nothing to do. Judged by the names, sizes and times of the input files and by the sizes "
+        "of the shards: their bytes were not read (but those of an input file that has another time); `pretrain data verify shards` "
+        "reads every byte of the shards.\n"
+    ) in run("build", "run.yaml").err
+    assert run("verify", "shards").status == 2
+    (place / "notes" / "0.txt").touch()
+    with pytest.raises(cli.UserError, match=r"notes:0\.txt: has other content"):
+        run("build", "run.yaml")
+
+
+def test_a_stage_is_one_row_where_a_unit_is_made_again(run: Run) -> None:
+    said = run("build", "run.yaml", "data.held_out_fraction=1e-9").err
+    assert len(re.findall(r"^tokens +\d+ +0 ", said, re.MULTILINE)) == 1, said
+    assert len(re.findall(r"^tokens: ", said, re.MULTILINE)) == 2, said
 
 
 def test_rebuild_makes_anew_what_differs_or_is_damaged(place: Path, run: Run) -> None:

@@ -21,7 +21,7 @@ def test_show_prints_what_json_says(run: Run) -> None:
     found = json.loads(run("show", "run.yaml", "--json").out)
     shown = run("show", "run.yaml").out
     assert found["documents"] == {"read": 14, "kept": 11, "dropped": {"too_short": 2}, "quarantined": {"not_an_object": 1}}
-    assert shown.startswith(f"shards, format 2, manifest {found['sha256'][:16]}\n")
+    assert shown.startswith(f"shards, format 3, manifest {found['sha256'][:16]}\n")
     assert "rules      1. shown_rules:drop_short(words=4) [source " in shown
     for name, share in found["mixture"].items():
         assert re.search(rf"^{name} .* {100 * share:.2f}$", shown, re.MULTILINE)
@@ -51,6 +51,11 @@ def test_a_sample_marks_tokens_and_names_the_document(run: Run) -> None:
         assert run(*one).out == text.strip("\n") + "\n"
         cut = run(*one, "--tokens", 3).out.splitlines()[-1]
         assert cut == "|".join(document["pieces"][:3]) + f"| ... {document['num_tokens'] - 4} more tokens ... |<|endoftext|>"
+        named = ("sample", "shards", "--document", document["name"])
+        assert run(*named).out == run(*named, "--source", "rows").out == run(*one).out
+        for name in (document["document_id"], document["name"]):
+            with pytest.raises(cli.UserError, match=f"none of 4 documents of notes has the id or the name '{name}'"):
+                run("sample", "shards", "--document", name, "--source", "notes")
     with pytest.raises(cli.UserError, match="it has: notes, rows"):
         run("sample", "shards", "--source", "other")
 
@@ -99,13 +104,44 @@ def test_diff_ends_as_diff_does(place: Path, run: Run) -> None:
     assert as_json.status == 1 and json.loads(as_json.out)["documents"]["only_in_b"] == 3
 
 
+def test_diff_shows_the_values_of_what_only_one_has(place: Path, run: Run) -> None:
+    run("build", "run.yaml")
+    text = (place / "run.yaml").read_text()
+    (place / "other.yaml").write_text(
+        text.replace("url, metadata_fields: [lang]", "lang, settings: {year: 2024}")
+        .replace("- {name: notes, path: notes}", "- {name: kept, path: notes, pattern: '*.txt'}")
+        .replace("clean:", "deduplicate: {near: {similarity: 0.5, num_permutations: 32, num_bands: 8}}\n  clean:")
+    )
+    run("build", "other.yaml", "data.root=other")
+    shown = run("diff", "shards", "other").out
+    for line in (
+        r"deduplicate\.exact +- +true",
+        r"deduplicate\.near\.similarity +- +0\.5",
+        r"sources\.notes\.path +notes +-",
+        r"sources\.kept\.path +- +notes",
+        r"sources\.kept\.pattern +- +\*\.txt",
+        r"sources\.rows\.id_field +url +lang",
+        r'sources\.rows\.metadata_fields +\["lang"\] +\[\]',
+        r"sources\.rows\.settings\.year +- +2024",
+    ):
+        assert re.search(rf"^{line}$", shown, re.MULTILINE), (line, shown)
+    assert "{" not in shown.partition("inputs ")[0].partition("configuration ")[2].replace("{}", "")
+
+
 def test_rules_are_listed_with_settings_and_what_they_do(run: Run) -> None:
     rules = json.loads(run("rules", "--json").out)
     shown = run("rules").out
     assert len(rules) > 3 and len([line for line in shown.splitlines() if not line.startswith(" ")]) == len(rules)
-    for signature, description in rules.items():
-        assert re.fullmatch(r"\w+\(.*\)", signature) and description.endswith(".")
-        assert " ".join(description.split()) in " ".join(shown.split())
+    count = {"anyOf": [{"minimum": 0, "type": "integer"}, {"type": "null"}]}
+    assert rules["length"]["settings"]["min_characters"] == {"type": count, "default": None}
+    assert "default" not in rules["language"]["settings"]["keep"]
+    words = " ".join(shown.split())
+    for name, rule in rules.items():
+        assert rule["summary"].endswith(".") and " ".join(rule["summary"].split()) in words
+        start = words.index(f"{name}(")
+        signature = words[start : words.index(rule["summary"], start)]
+        for key, one in rule["settings"].items():
+            assert re.search(rf"[( ]{key}{'=' if 'default' in one else '[,)]'}", signature), (key, signature)
 
 
 def test_verify_finds_a_flipped_bit_in_every_kind_of_file(place: Path, run: Run, seed: int) -> None:
