@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.schema import ModelSection
-from pretrain.model.attention import Attend, KeyValueCache, LayerCache, causal_attention
+from pretrain.model.attention import Attend, KeyValueCache, LayerCache, Visible, causal_attention, visible_inside_documents
 from pretrain.model.loss import summed_cross_entropy
 
 
@@ -49,6 +49,8 @@ class Decoder(nn.Module):
         tokens_BT: torch.Tensor,
         labels_BT: torch.Tensor | None = None,
         *,
+        documents_BT: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
@@ -58,33 +60,45 @@ class Decoder(nn.Module):
         where nothing is to be learnt. With a `cache` the tokens continue those it holds, and are added to
         it. With `last_only` the logits are those of the last position, (B, 1, V).
 
-        Raises ValueError for shapes that do not fit and for more positions than `largest_context`.
+        A row may hold several documents, one after the other. `documents_BT`, integers that never fall along a
+        row: the number of the document of each place, which sees nothing of another number; None: a row is one
+        document. `positions_BT`, integers: where each place stands, 0 to largest_context - 1; None: counted along
+        the row. Neither implies the other: documents may be kept apart without counting each from 0.
+
+        Raises ValueError for shapes that do not fit, for more positions than `largest_context`, and for documents
+        or positions with a cache; a position out of range is an IndexError on the CPU, on CUDA a device-side assertion.
         """
         section = self.section
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[-1]
         if tokens_BT.dim() != 2 or tokens_BT.numel() == 0:
             raise ValueError(f"tokens have the shape {tuple(tokens_BT.shape)}; wanted (batch, tokens), at least one of each")
-        if labels_BT is not None and labels_BT.shape != tokens_BT.shape:
-            raise ValueError(f"labels have the shape {tuple(labels_BT.shape)}, tokens {tuple(tokens_BT.shape)}; they must be equal")
+        for name, given_BT in (("labels", labels_BT), ("documents", documents_BT), ("positions", positions_BT)):
+            if given_BT is not None and given_BT.shape != tokens_BT.shape:
+                raise ValueError(f"{name} have the shape {tuple(given_BT.shape)}, tokens {tuple(tokens_BT.shape)}; they must be equal")
+        if cache is not None and not (documents_BT is None and positions_BT is None):
+            raise ValueError("a cache holds one document per row, counted from 0; with it documents_BT and positions_BT must be None")
         if end > section.largest_context:
             raise ValueError(f"the sequence reaches {end} tokens, model.largest_context is {section.largest_context}")
 
+        positions = slice(start, end) if positions_BT is None else positions_BT
         x_BTD = self.token_table("look_up", tokens_BT)
         if self.position_table is not None:
-            x_BTD = x_BTD + self.position_table(start, end)
+            x_BTD = x_BTD + self.position_table(positions)
         elif section.positions == "sinusoidal":
             # Scaled as in Vaswani et al. 2017, section 3.4: otherwise the sinusoids drown small embeddings.
             table_PD = sinusoidal_table(section.largest_context, section.width, tokens_BT.device)
-            x_BTD = (x_BTD * math.sqrt(section.width) + table_PD[start:end]).to(x_BTD.dtype)
+            x_BTD = (x_BTD * math.sqrt(section.width) + rows_at(positions, table_PD)).to(x_BTD.dtype)
         x_BTD = F.dropout(x_BTD, section.dropout, self.training)
 
-        rotation = None
+        rotation = visible = None
         if section.positions == "rope":
             cosine_Ph, sine_Ph = rotary_tables(section.largest_context, section.features_per_head, section.rope_theta, tokens_BT.device)
-            rotation = cosine_Ph[start:end], sine_Ph[start:end]
+            rotation = rows_at(positions, cosine_Ph), rows_at(positions, sine_Ph)
+        if documents_BT is not None:
+            visible = visible_inside_documents(documents_BT, section.features_per_head, section.dropout if self.training else 0.0)
         for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotation, None if cache is None else cache.layers[index], start)
+            x_BTD = block(x_BTD, rotation, visible, None if cache is None else cache.layers[index], start)
         if cache is not None:
             cache.length = end
 
@@ -121,9 +135,9 @@ class PositionTable(nn.Module):
         super().__init__()
         self.weight = _unset(num_positions, width)
 
-    def forward(self, start: int, end: int) -> torch.Tensor:
-        """The rows of positions start to end - 1, (T, D)."""
-        return self.weight[start:end]
+    def forward(self, positions: slice | torch.Tensor) -> torch.Tensor:
+        """The rows of `positions`, as in `rows_at`."""
+        return rows_at(positions, self.weight)
 
 
 class Block(nn.Module):
@@ -138,10 +152,18 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(section) if section.feed_forward == "swiglu" else GELU(section)
 
     def forward(
-        self, x_BTD: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None, cache: LayerCache | None = None, start: int = 0
+        self,
+        x_BTD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        visible: Visible | None = None,
+        cache: LayerCache | None = None,
+        start: int = 0,
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D). `rotation`: cosines and sines (T, h) each; `start`: position of the first token."""
-        attended_BTD = self.attention(self.attention_norm(x_BTD), rotation, cache, start)
+        """(B, T, D) -> (B, T, D).
+
+        `rotation`: cosines and sines, as in `rotate`; `visible`: as in `Attend`; `start`: the first token's place in the cache.
+        """
+        attended_BTD = self.attention(self.attention_norm(x_BTD), rotation, visible, cache, start)
         x_BTD = x_BTD + F.dropout(attended_BTD, self.dropout, self.training)
         return x_BTD + F.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)), self.dropout, self.training)
 
@@ -163,7 +185,12 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(self.head_width, section.norm_epsilon) if section.qk_norm else None
 
     def forward(
-        self, x_BTD: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None, cache: LayerCache | None, start: int
+        self,
+        x_BTD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        visible: Visible | None,
+        cache: LayerCache | None,
+        start: int,
     ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D). Arguments as in `Block`."""
         query_BTNH = self.query(x_BTD).unflatten(-1, (-1, self.head_width))
@@ -175,7 +202,8 @@ class Attention(nn.Module):
             query_BTNH, key_BTKH = rotate(query_BTNH, *rotation), rotate(key_BTKH, *rotation)
         if cache is not None:
             key_BTKH, value_BTKH = cache.extend(start, key_BTKH, value_BTKH)
-        attended_BTNH = self.attend(query_BTNH, key_BTKH, value_BTKH, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        attended_BTNH = self.attend(query_BTNH, key_BTKH, value_BTKH, visible=visible, dropout=dropout)
         return self.output(attended_BTNH.flatten(2))
 
 
@@ -227,17 +255,24 @@ def _norm(section: ModelSection, width: int) -> nn.Module:
     return nn.LayerNorm(width, section.norm_epsilon, bias=section.biases)
 
 
-# Positions without parameters --------------------------------------------------------------------------
+# Positions ---------------------------------------------------------------------------------------------
 
 
-def rotate(x_BTNH: torch.Tensor, cosine_Th: torch.Tensor, sine_Th: torch.Tensor) -> torch.Tensor:
+def rows_at(positions: slice | torch.Tensor, table_PD: torch.Tensor) -> torch.Tensor:
+    """The rows of a table with one row per position: (T, D) for a slice, (B, T, D) for positions_BT."""
+    # F.embedding and not an index: its gradient is added up in a fixed order, and it refuses negative positions.
+    return table_PD[positions] if isinstance(positions, slice) else F.embedding(positions, table_PD)
+
+
+def rotate(x_BTNH: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Turn feature pair (i, i + h) of each head by its position's angle (RoFormer, Su et al. 2021).
 
+    Cosines and sines are (T, h), or (B, T, h) where every row has positions of its own.
     Pairs are half a head apart, as in Llama's Hugging Face weights. Computed in fp32, returned in the
     dtype of `x_BTNH`. A score of two rotated vectors depends on the distance of their positions only.
     """
     first_BTNh, second_BTNh = x_BTNH.float().chunk(2, dim=-1)
-    cosine_T1h, sine_T1h = cosine_Th.unsqueeze(-2), sine_Th.unsqueeze(-2)
+    cosine_T1h, sine_T1h = cosine.unsqueeze(-2), sine.unsqueeze(-2)
     turned = first_BTNh * cosine_T1h - second_BTNh * sine_T1h, second_BTNh * cosine_T1h + first_BTNh * sine_T1h
     return torch.cat(turned, dim=-1).to(x_BTNH.dtype)
 

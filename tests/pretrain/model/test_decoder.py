@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.schema import ModelSection
-from pretrain.model.attention import KeyValueCache, causal_attention
+from pretrain.model.attention import KeyValueCache, Visible, causal_attention
 from pretrain.model.decoder import (
     Decoder,
     TokenTable,
@@ -19,40 +19,9 @@ from pretrain.model.decoder import (
     sinusoidal_table,
 )
 from pretrain.model.loss import IGNORE
+from tests.pretrain.model.forms import FORMS, GPT2, decoder_of, draw_documents, draw_tokens, positions_inside, section_of
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "vocabulary_size": 97,
-    "num_layers": 2,
-    "width": 32,
-    "num_heads": 4,
-    "feed_forward_width": 48,
-    "largest_context": 64,
-}
-GPT2: dict[str, Any] = {"norm": "layernorm", "feed_forward": "gelu", "positions": "learned", "biases": True, "tied_head": True}
-FORMS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "grouped": {"num_kv_heads": 2},
-    "one key head": {"num_kv_heads": 1, "head_width": 10},
-    "qwen3": {"num_kv_heads": 2, "qk_norm": True, "tied_head": True},
-    "gpt2": GPT2,
-    "sinusoidal": {"positions": "sinusoidal", "norm": "layernorm", "feed_forward": "gelu"},
-    "mixed": {"positions": "learned", "qk_norm": True, "biases": True, "num_kv_heads": 2},
-}
-
-
-def section_of(form: str = "llama", **changes: Any) -> ModelSection:
-    return ModelSection(**(SMALL | FORMS[form] | changes))
-
-
-def decoder_of(section: ModelSection, seed: int) -> Decoder:
-    model = Decoder(section)
-    initialize_weights(model, seed)
-    return model
-
-
-def draw_tokens(section: ModelSection, seed: int, *shape: int) -> torch.Tensor:
-    return torch.randint(0, section.vocabulary_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # Causality ---------------------------------------------------------------------------------------------
@@ -169,8 +138,9 @@ def test_construction_on_the_meta_device_allocates_nothing() -> None:
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     with torch.device("meta"):
         small = Decoder(section_of())
-        assert small(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 97)
-        assert small(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long)).shape == ()
+        nothing = torch.zeros(2, 5, dtype=torch.long)
+        assert small(nothing).shape == small(nothing, documents_BT=nothing, positions_BT=nothing).shape == (2, 5, 97)
+        assert small(nothing, nothing).shape == ()
 
 
 def test_a_meta_model_made_real_equals_a_real_one(seed: int) -> None:
@@ -312,9 +282,9 @@ def test_feed_forward_is_the_formula(seed: int, kind: Literal["swiglu", "gelu"])
 def test_attention_can_be_exchanged(seed: int) -> None:
     calls: list[tuple[int, ...]] = []
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float) -> torch.Tensor:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, visible: Visible | None, dropout: float) -> torch.Tensor:
         calls.append(tuple(query.shape))
-        return causal_attention(query, key, value, dropout=dropout)
+        return causal_attention(query, key, value, visible=visible, dropout=dropout)
 
     model = Decoder(section_of(), attend)
     initialize_weights(model, seed)
@@ -328,8 +298,9 @@ def test_every_parameter_is_used_inside_the_forward_of_its_owner(seed: int) -> N
     for form in FORMS:
         model = decoder_of(section_of(form), seed)
         whole = {name: parameter.data for name, parameter in model.named_parameters()}
-        tokens = draw_tokens(model.section, seed, 1, 6)
-        expected, expected_logits = model(tokens, tokens).item(), model(tokens).detach()
+        tokens, documents = draw_tokens(model.section, seed, 1, 6), draw_documents(seed, 1, 6)
+        packed = {"documents_BT": documents, "positions_BT": positions_inside(documents)}
+        expected, expected_logits, expected_packed = model(tokens, tokens).item(), model(tokens).detach(), model(tokens, **packed).detach()
         for prefix, module in model.named_modules():
             own = [(parameter, whole[f"{prefix}.{name}"]) for name, parameter in module.named_parameters(recurse=False)]
 
@@ -347,6 +318,7 @@ def test_every_parameter_is_used_inside_the_forward_of_its_owner(seed: int) -> N
         with torch.no_grad():
             assert model(tokens, tokens).item() == expected, form
             assert torch.equal(model(tokens), expected_logits), form
+            assert torch.equal(model(tokens, **packed), expected_packed), form
 
 
 def test_a_tied_head_is_one_parameter(seed: int) -> None:
