@@ -175,6 +175,8 @@ class DataSection(Section):
     """Files are gathered into work units of about this many bytes, and large ones split where their format allows it."""
     shard_tokens: PositiveInt = 32_000_000
     """A work unit's tokens are cut into shards of about this many (a document stays whole)."""
+    packed_lengths: tuple[PositiveInt, ...] = ()
+    """Sequence lengths for which every shard gets an index of best-fit packing (`training.packing: best_fit`)."""
     largest_document_bytes: PositiveInt = 50_000_000
     """A larger document goes to quarantine instead of into memory."""
     quarantine_limit: Fraction = Field(default=0.01, json_schema_extra=CHANGEABLE)
@@ -285,6 +287,46 @@ class ScheduleSection(Section):
     """The rate at the very end, as a share of the peak."""
 
 
+class StageSection(Section):
+    """A part of a run with its own mixture of sources. At most one of `weights` and `epochs`; neither: every source in proportion
+    to its size."""
+
+    from_tokens: Annotated[int, Field(ge=0)] = 0
+    """Where the stage begins, in tokens of the run; rounded up to a whole step. The first stage begins at 0."""
+    weights: dict[str, PositiveFloat] | None = None
+    """By source, its share of the tokens (any positive numbers; they are divided by their sum). A source left out rests."""
+    epochs: dict[str, PositiveFloat] | None = None
+    """By source, how often it is seen while one of 1.0 is seen once. A source left out rests."""
+    sequence_length: PositiveInt | None = None
+    """Shorter sequences for this stage: a divisor of `training.sequence_length`, whose samples are cut into so many equal parts."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "StageSection":
+        if self.weights is not None and self.epochs is not None:
+            raise ValueError("a stage has either weights or epochs, found both; remove one")
+        if self.weights == {} or self.epochs == {}:
+            raise ValueError("a stage without any source has nothing to learn from; name one, or leave weights and epochs out for all")
+        return self
+
+
+class MixtureSection(Section):
+    """Which sources are seen when. What is still to come may be edited while a run rests; what was seen may not."""
+
+    stages: tuple[StageSection, ...] = (StageSection(),)
+    """In the order of their beginnings."""
+    max_epochs: PositiveFloat | None = None
+    """A run that would see a source more often is refused; null: it is warned of beyond 4 (Muennighoff et al. 2023)."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "MixtureSection":
+        begins = [stage.from_tokens for stage in self.stages]
+        if not begins or begins[0] != 0:
+            raise ValueError(f"the first stage begins at from_tokens 0, found {begins[0] if begins else 'no stage'}")
+        if sorted(set(begins)) != begins:
+            raise ValueError(f"stages begin one after the other, found from_tokens {begins}; put them in ascending order, each once")
+        return self
+
+
 class TrainingSection(Section):
     """How much is learnt from, in what portions."""
 
@@ -292,6 +334,13 @@ class TrainingSection(Section):
     """Tokens to train on; rounded up to whole steps."""
     sequence_length: PositiveInt = 2048
     """T: tokens of one sample that are learnt from."""
+    packing: Literal["chop", "best_fit"] = "chop"
+    """How documents become samples. chop: laid end to end and cut every T tokens. best_fit: whole documents are put together so that
+    as few as possible are cut (Ding et al. 2024), at the price of a little padding; `data.packed_lengths` must hold T."""
+    separate_documents: bool = True
+    """Whether attention stays inside each document of a sample."""
+    restart_positions: bool = True
+    """Whether positions count from 0 at the beginning of each document of a sample."""
     global_batch_samples: PositiveInt = 256
     """Samples one step (one optimizer update) learns from, over all ranks."""
     micro_batch_samples: PositiveInt = Field(default=8, json_schema_extra=CHANGEABLE)
@@ -306,6 +355,10 @@ class TrainingSection(Section):
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return -(-self.total_tokens // self.tokens_per_step)
+
+    def first_sample(self, tokens: int) -> int:
+        """The first sample of the first step that begins at `tokens` or behind."""
+        return -(-tokens // self.tokens_per_step) * self.global_batch_samples
 
     def accumulation(self, num_data_ranks: int) -> int:
         """Micro-steps per step on each of `num_data_ranks`. Raises ValueError naming the nearest sizes that divide."""
@@ -368,7 +421,10 @@ class RunConfig(Section):
     """A whole run file, resolved."""
 
     run: RunSection = RunSection()
-    data: DataSection = DataSection()
+    data: DataSection = Field(default=DataSection(), json_schema_extra=CHANGEABLE)
+    """A checkpoint knows by hash what it has seen of which source, so other keys here are refused only where that differs."""
+    mixture: MixtureSection = Field(default=MixtureSection(), json_schema_extra=CHANGEABLE)
+    """Stages that have begun are held by a hash in every checkpoint; those to come may be edited."""
     model: ModelSection = ModelSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -400,6 +456,18 @@ class RunConfig(Section):
                 f"training.sequence_length {self.training.sequence_length} is longer than model.largest_context "
                 f"{self.model.largest_context}; lower the one or raise the other"
             )
+        training = self.training
+        starts = [training.first_sample(stage.from_tokens) for stage in self.mixture.stages]
+        if starts[-1] >= training.total_steps * training.global_batch_samples or len(set(starts)) < len(starts):
+            raise ValueError(
+                f"mixture.stages begin at samples {starts} of {training.total_steps * training.global_batch_samples} (whole steps of "
+                f"{training.global_batch_samples}); each needs a step of its own before the run's end: move from_tokens, or remove a stage"
+            )
+        for stage in self.mixture.stages:
+            if stage.sequence_length is not None and training.sequence_length % stage.sequence_length:
+                raise ValueError(
+                    f"a stage's sequence_length {stage.sequence_length} does not divide training.sequence_length {training.sequence_length}"
+                )
         if self.data.tokenizer.path is None and self.data.tokenizer.vocabulary_size > self.model.vocabulary_size:
             raise ValueError(
                 f"data.tokenizer.vocabulary_size {self.data.tokenizer.vocabulary_size} does not fit into "

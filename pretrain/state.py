@@ -14,6 +14,8 @@ class TrainState:
     tokens_seen: int = 0
     skipped_steps: int = 0
     """Steps whose update DeepSpeed did not apply (a gradient was not finite)."""
+    skipped_samples: tuple[tuple[int, int], ...] = ()
+    """Ranges [first, end) of sample numbers that are left out of the order on purpose."""
 
     def advance(self, num_samples: int, num_tokens: int, applied: bool) -> "TrainState":
         """The state after one more step."""
@@ -25,11 +27,13 @@ class TrainState:
             skipped_steps=self.skipped_steps + (0 if applied else 1),
         )
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """A mapping that `TrainState(**mapping)` reads back."""
         return asdict(self)
 
     @staticmethod
     def from_json(mapping: dict[str, Any]) -> "TrainState":
         """The inverse of `to_json`."""
-        return TrainState(**{key: int(value) for key, value in mapping.items()})
+        skipped = tuple((int(first), int(end)) for first, end in mapping["skipped_samples"])
+        numbers = {key: int(value) for key, value in mapping.items() if key != "skipped_samples"}
+        return TrainState(**numbers, skipped_samples=skipped)

@@ -9,7 +9,7 @@ import random
 import sys
 import traceback
 import warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,13 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
     model = Decoder(config.model)
     initialize_weights(model, config.run.seed)
     engine = initialize_engine(config, layout, model)
-    start = state = resume(engine, run, corpus.identity, layout)
-    order = DataOrder(len(corpus.train), training.sequence_length, config.run.seed)
-    batches = Batches(corpus.train, order, training, layout.data_rank, layout.data_size, layout.device, start=state.samples_seen)
+    order = DataOrder(corpus.sources, config.mixture, training, config.run.seed)
+    start = state = resume(engine, run, order, corpus.tokenizer_sha256, layout)
+    order = order.skipping(state.skipped_samples)
+    batches = Batches(corpus, order, training, layout.data_rank, layout.data_size, layout.device, start=state.samples_seen)
     verdicts, stopping = Verdicts(layout), False
 
-    with Journal(config, run.path, attempt, state, is_writer=layout.rank == 0) as journal:
+    with Journal(config, run.path, attempt, state, is_writer=layout.rank == 0) as journal, closing(batches):
         while state.step < total_steps and not stopping:
             rate = learning_rate(state.tokens_seen + training.tokens_per_step // 2, training, config.optimizer, config.schedule)
             set_learning_rate(engine.optimizer, rate)
@@ -59,7 +60,7 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
             num_valid = layout.sum_over_data_ranks(sum(batch.num_valid for batch in micro_batches))
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(config.run.seed, state.step, micro_step, layout.data_rank)
-                loss = engine(batch.tokens_BT, batch.labels_BT)
+                loss = engine(batch.tokens_BT, batch.labels_BT, documents_BT=batch.documents_BT, positions_BT=batch.positions_BT)
                 # The exact mean over the global batch's valid targets. DeepSpeed averages over the data ranks: their number is
                 # multiplied in. Its division by the accumulation is switched off.
                 engine.backward(loss * (layout.data_size / max(1.0, num_valid)), scale_wrt_gas=False)
@@ -73,16 +74,17 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
             save_due = is_last or due(state.step, config.checkpoint.every_steps)
             mean_loss, stopping = verdicts.read(now=log_due or save_due)
             if log_due:
-                journal.step(state, mean_loss, rate, gradient_norm(engine))
+                journal.step(state, mean_loss, rate, gradient_norm(engine), batches.seconds_waited)
             if len(corpus.held_out) and (is_last or due(state.step, config.evaluate.every_steps)):
                 held_out = held_out_batches(
-                    corpus.held_out, corpus.end_of_text, training.sequence_length, config.evaluate.micro_batch_samples,
+                    corpus.held_out, training, config.evaluate.micro_batch_samples,
                     layout.data_rank, layout.data_size, layout.device,
                 )  # fmt: skip
                 journal.held_out(state, evaluate(engine, held_out, corpus.held_out_bytes, layout.sum_over_data_ranks))
             if save_due or stopping:
                 verdicts.read(now=True)  # nothing that is not finite is ever committed
-                if problem := save(engine, run, state, corpus.identity, attempt, layout, config.checkpoint.keep):
+                identity = order.identity(state.samples_seen) | {"tokenizer": corpus.tokenizer_sha256}
+                if problem := save(engine, run, state, identity, attempt, layout, config.checkpoint.keep):
                     if is_last or stopping:
                         raise UserError(f"{problem} Nothing partial was left; mend it and run the same command again.")
                     journal.say(f"WARNING: {problem} Training goes on.")
@@ -109,7 +111,7 @@ def gradient_norm(engine: DeepSpeedEngine) -> float | None:
     return None if norm is None else float(norm)
 
 
-def resume(engine: DeepSpeedEngine, run: RunFolder, identity: dict[str, str], layout: Layout) -> TrainState:
+def resume(engine: DeepSpeedEngine, run: RunFolder, order: DataOrder, tokenizer_sha256: str, layout: Layout) -> TrainState:
     """The state of the newest verified commit, with the engine filled from it; step 0 where there is none. Collective."""
 
     def say(text: str) -> None:
@@ -120,11 +122,14 @@ def resume(engine: DeepSpeedEngine, run: RunFolder, identity: dict[str, str], la
     commit = newest_verified_commit(run.checkpoints, say)
     if commit is None:
         return TrainState()
-    changed = sorted(key for key, value in commit.identity.items() if identity.get(key) != value)
+    state = commit.state
+    identity = order.skipping(state.skipped_samples).identity(state.samples_seen) | {"tokenizer": tokenizer_sha256}
+    changed = sorted(key for key in commit.identity | identity if commit.identity.get(key) != identity.get(key))
     if changed:
         raise UserError(
-            f"{commit.folder} was trained on other {' and '.join(changed)} than the run file now names (their SHA-256 differ); "
-            "put the former back, or start another run with run.name=NAME."
+            f"{commit.folder} has seen {state.samples_seen} samples, and what the run file now names would have made them others: "
+            f"{', '.join(changed)} differ. mixture.stages may change from step {state.step} on (from_tokens: {state.tokens_seen} or "
+            "more); put the rest back as it was, or start another run with run.name=NAME."
         )
     read_fragments(engine, commit.folder)
     restore_random_state(commit.folder, commit.world_size)

@@ -6,6 +6,7 @@ Functions here are called by `run_on_ranks` in processes that have joined a gloo
 import json
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def tiny_config(dataset: Path | str, runs: Path | str, **overrides: str) -> RunC
     if not empty.exists():
         empty.write_text("{}")
     return load_config(empty, [f"{key}={value}" for key, value in given.items()])
+
+
+TENSORS = ("tokens_BT", "labels_BT", "documents_BT", "positions_BT")
+"""Of a micro-batch."""
 
 
 class StopAfter:
@@ -165,8 +170,8 @@ def one_masked_step(dataset: str, runs: str, overrides: dict[str, str]) -> dict[
             labels_BT[:, : 5 + 11 * layout.rank + 7 * micro_step] = IGNORED_LABEL
             if layout.rank == 1 and micro_step == 1:
                 labels_BT[:] = IGNORED_LABEL  # nothing to learn here at all
-            batches.append(MicroBatch.of(batch.tokens_BT.numpy(), labels_BT.numpy(), layout.device))
-            fed.append({"tokens": batch.tokens_BT.tolist(), "labels": labels_BT.tolist()})
+            batches.append(replace(batch, labels_BT=labels_BT, num_valid=int((labels_BT != IGNORED_LABEL).sum())))
+            fed.append({name.removesuffix("_BT"): getattr(batches[-1], name).tolist() for name in TENSORS})
         return batches
 
     Batches.next_step = masked  # type: ignore[method-assign]

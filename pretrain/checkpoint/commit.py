@@ -23,7 +23,7 @@ from configs.errors import UserError
 from pretrain.state import TrainState
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 TAKEN_OVER = "no longer holds"
 COMMIT_NAME = re.compile(r"step-(\d{8,})")
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Commit:
     files: dict[str, dict[str, Any]]
     """File name -> {bytes, sha256}."""
     identity: dict[str, str]
-    """Hashes of what the run was made from: `data`, `tokenizer`."""
+    """SHA-256 of what decided the steps so far: the mixture, each source that was seen, the tokenizer."""
     world_size: int
     attempt: int
 

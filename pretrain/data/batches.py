@@ -1,76 +1,97 @@
-"""Token shards and an order -> the micro-batches of one data rank.
+"""Tokens and an order -> the micro-batches of one data rank.
 
-In: shards, a `DataOrder`, this rank's place among the data ranks. Out: for each step, the micro-batches that
-this rank feeds the engine. Step s covers samples [s x G, (s + 1) x G); micro-step m takes the next
-`micro_batch_samples x data_size` of them and rank r the r-th part, so the global order is the same for every
-number of ranks and every split into micro-steps.
+In: a corpus, a `DataOrder`, this rank's place among the data ranks. Out: for each step, the micro-batches that this rank
+feeds the engine, read ahead by a thread. Step s covers the samples that are seen [s x G, (s + 1) x G)-th; micro-step m
+takes the next `micro_batch_samples x data_size` of them and rank r the r-th part, so the global order is the same for
+every number of ranks and every split into micro-steps.
+
+The end-of-text token that closes a document is also what the next one is predicted from, so a document is an end of text
+and all that follows up to the next, and its first word is learnt too.
+
+Shapes: B sequences, T tokens of one.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from configs.schema import TrainingSection
-from data_pipeline.shards import Shard
-from pretrain.data.order import DataOrder
+from pretrain.data.corpus import Corpus
+from pretrain.data.order import DataOrder, Places
+from pretrain.data.samples import IGNORED_LABEL, read_samples
+from pretrain.data.tokens import TokenStream
 
-IGNORED_LABEL = -100
-"""A target that nothing is learnt from (torch's `ignore_index`)."""
+STEPS_AHEAD = 2
+"""Steps that are read while one is learnt from."""
+
+Integers = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank feeds the engine once, on its device."""
+    """What one rank feeds the engine once."""
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
     """The next token at each place, or `IGNORED_LABEL`."""
     num_valid: int
     """Targets that something is learnt from."""
+    documents_BT: torch.Tensor | None = None
+    """Another number for each document of a row; None: all of a row see each other."""
+    positions_BT: torch.Tensor | None = None
+    """Where each place stands in its document; None: positions count from the row's beginning."""
 
-    @staticmethod
-    def of(tokens_BT: npt.NDArray[np.int64], labels_BT: npt.NDArray[np.int64], device: torch.device) -> "MicroBatch":
-        """Put arrays of equal shape on a device; targets are counted before, where it costs no wait."""
-        return MicroBatch(
-            torch.from_numpy(tokens_BT).to(device), torch.from_numpy(labels_BT).to(device), int((labels_BT != IGNORED_LABEL).sum())
-        )
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        """With every tensor changed: to a device, to pinned memory."""
+        documents_BT = None if self.documents_BT is None else change(self.documents_BT)
+        positions_BT = None if self.positions_BT is None else change(self.positions_BT)
+        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.num_valid, documents_BT, positions_BT)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """On a device; from pinned memory the copy runs beside the computation."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-class TokenStream:
-    """Shards laid end to end as one long row of tokens, read by position (memory-mapped, nothing is loaded)."""
+def make_batch(
+    inputs_BT: npt.NDArray[Any], labels_BT: npt.NDArray[Any], is_start_BT: npt.NDArray[np.bool_], training: TrainingSection
+) -> MicroBatch:
+    """Arrays (B, T) as tensors. `is_start_BT` marks where a document begins; the first column is always a beginning.
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = [shard for shard in shards if shard.num_tokens]
-        self._starts = np.cumsum([0] + [shard.num_tokens for shard in self._shards])
+    Each tensor is one piece of memory: a copy to the device of what is not cannot run beside the computation.
+    """
+    documents_BT = positions_BT = None
+    if training.separate_documents or training.restart_positions:
+        is_start_BT[:, 0] = True
+        starts = np.flatnonzero(is_start_BT).astype(np.int32)
+        lengths = np.diff(starts, append=np.int32(is_start_BT.size))
+        first_BT = np.repeat(starts, lengths).reshape(is_start_BT.shape)  # a document's number is the place where it begins
+        if training.separate_documents:
+            documents_BT = torch.from_numpy(first_BT)
+        if training.restart_positions:
+            positions_BT = torch.from_numpy(_count_up(is_start_BT.size).reshape(is_start_BT.shape) - first_BT)
+    tokens_BT, labels_BT = inputs_BT.astype(np.int32), labels_BT.astype(np.int32)
+    num_valid = int(np.count_nonzero(labels_BT != IGNORED_LABEL))
+    return MicroBatch(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BT), num_valid, documents_BT, positions_BT)
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
 
-    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Tokens [start, start + length) as int64. Raises IndexError beyond the end."""
-        if start < 0 or start + length > len(self):
-            raise IndexError(f"tokens [{start}, {start + length}) of a stream of {len(self)}")
-        tokens = np.empty(length, dtype=np.int64)
-        filled = 0
-        index = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while filled < length:
-            offset = start + filled - int(self._starts[index])
-            part = self._shards[index].tokens[offset : offset + length - filled]
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-            index += 1
-        return tokens
+@lru_cache(maxsize=4)
+def _count_up(size: int) -> Integers:
+    return np.arange(size, dtype=np.int32)
 
 
 class Batches:
-    """The micro-batches of one data rank, step after step, from any sample number on."""
+    """The micro-batches of one data rank, step after step, from any sample on."""
 
     def __init__(
         self,
-        stream: TokenStream,
+        corpus: Corpus,
         order: DataOrder,
         training: TrainingSection,
         data_rank: int,
@@ -80,33 +101,44 @@ class Batches:
     ) -> None:
         """`start` is the number of samples seen before the first step. Raises ValueError when the batch does not divide."""
         training.accumulation(data_size)
-        self._stream, self._order, self._device = stream, order, device
-        self._global, self._micro = training.global_batch_samples, training.micro_batch_samples
+        self._corpus, self._order, self._training, self._device = corpus, order, training, device
         self._rank, self._size = data_rank, data_size
-        self._next_sample = start
+        self._seen = start
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: list[Future[list[MicroBatch]]] = []
+        self.seconds_waited = 0.0
+        """Time that `next_step` spent waiting for tokens."""
 
     def next_step(self) -> list[MicroBatch]:
-        """The micro-batches of the next step, in the order they are fed."""
-        windows = self._order.windows(self._next_sample, self._global)
-        self._next_sample += self._global
-        mine = windows.reshape(-1, self._size, self._micro)[:, self._rank]
-        return [self._read(rows) for rows in mine]
+        """The micro-batches of the next step, in the order they are fed. Raises UserError for data that was changed."""
+        while len(self._ahead) <= STEPS_AHEAD:
+            self._ahead.append(self._thread.submit(self._read_step, self._seen))
+            self._seen += self._training.global_batch_samples
+        began = time.perf_counter()
+        step = self._ahead.pop(0).result()
+        self.seconds_waited += time.perf_counter() - began
+        return [batch.to(self._device) for batch in step]
 
-    def _read(self, windows: npt.NDArray[np.int64]) -> MicroBatch:
-        length = self._order.sequence_length
-        rows = [self._stream.read(int(window) * length, length + 1) for window in windows]
-        windows_BT1 = np.stack(rows)
-        return MicroBatch.of(np.ascontiguousarray(windows_BT1[:, :-1]), np.ascontiguousarray(windows_BT1[:, 1:]), self._device)
+    def close(self) -> None:
+        """End the thread; what it read ahead is forgotten."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read_step(self, seen: int) -> list[MicroBatch]:
+        training, micro = self._training, self._training.micro_batch_samples
+        numbers = self._order.numbers(seen, training.global_batch_samples)
+        places = self._order.places(numbers)
+        sequence_length = self._order.mixture.stage_at(int(numbers[0])).sequence_length
+        mine = np.arange(numbers.size).reshape(-1, self._size, micro)[:, self._rank].ravel()
+        rows = read_samples(self._corpus, Places(*(column[mine] for column in places)), training.sequence_length)
+        batches: list[MicroBatch] = []
+        for first in range(0, mine.size, micro):
+            inputs_BT, labels_BT, is_start_BT = (column[first : first + micro].reshape(-1, sequence_length) for column in rows)
+            batches.append(make_batch(inputs_BT, labels_BT, is_start_BT, training))
+        return [batch.map(torch.Tensor.pin_memory) for batch in batches] if self._device.type == "cuda" else batches
 
 
 def held_out_batches(
-    stream: TokenStream,
-    end_of_text: int,
-    sequence_length: int,
-    micro_batch_samples: int,
-    data_rank: int,
-    data_size: int,
-    device: torch.device,
+    stream: TokenStream, training: TrainingSection, micro_batch_samples: int, data_rank: int, data_size: int, device: torch.device
 ) -> Iterator[MicroBatch]:
     """Every token of the held-out stream exactly once as a target, over all data ranks.
 
@@ -114,18 +146,16 @@ def held_out_batches(
     yields the same number of micro-batches (whole batches of padding where it has no window left): under ZeRO-3
     a forward is a collective.
     """
-    num_windows = -(-len(stream) // sequence_length)
+    length, end_of_text = training.sequence_length, stream.files.end_of_text
+    num_windows = -(-len(stream) // length)
     portion = micro_batch_samples * data_size
     for first in range(0, num_windows, portion):
-        tokens_BT = np.full((micro_batch_samples, sequence_length), end_of_text, dtype=np.int64)
-        labels_BT = np.full((micro_batch_samples, sequence_length), IGNORED_LABEL, dtype=np.int64)
+        inputs_BT = np.full((micro_batch_samples, length), end_of_text, dtype=np.int32)
+        labels_BT = np.full((micro_batch_samples, length), IGNORED_LABEL, dtype=np.int32)
         for row in range(micro_batch_samples):
-            start = (first + data_rank * micro_batch_samples + row) * sequence_length
-            length = min(sequence_length, len(stream) - start)
-            if length <= 0:
-                continue
-            targets = stream.read(start, length)
-            before = stream.read(start - 1, 1)[0] if start else end_of_text
-            tokens_BT[row, :length] = np.concatenate([[before], targets[:-1]])
-            labels_BT[row, :length] = targets
-        yield MicroBatch.of(tokens_BT, labels_BT, device)
+            start = (first + data_rank * micro_batch_samples + row) * length
+            num_tokens = min(length, len(stream) - start)
+            if num_tokens > 0:
+                tokens = stream.read(start, num_tokens)
+                inputs_BT[row, :num_tokens], labels_BT[row, :num_tokens] = tokens[:-1], tokens[1:]
+        yield make_batch(inputs_BT, labels_BT, inputs_BT == end_of_text, training).to(device)

@@ -1,106 +1,135 @@
-"""Sample number -> place in the token stream: a pure, stateless function of (length of the corpus, seed).
+"""Sample number -> place in the corpus: a pure, stateless function of (sources, mixture, seed).
 
-In: how many tokens a split has, the sequence length, the seed. Out: for any sample number, whether the run
-is at its first step or resumes at its millionth, the number of the window it reads. Nothing is built, loaded
-or stored; any number of ranks sees the same global order.
+In: how many samples each source has, the stages of the run, the seed. Out: for any sample number, whether the run is at
+its first step or resumes at its millionth, which sample of which source it is. Nothing is built, loaded or stored; any
+number of ranks sees the same global order. A checkpoint keeps `samples_seen`, what was skipped on purpose, and a hash.
 """
 
 import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-# Below this many windows a permutation drawn whole is cheap, and without the slight bias that a Feistel network
-# has on tiny domains.
-WHOLE_PERMUTATION_BELOW = 1 << 16
-# Statistics of 2^20 values over N = 7e9 pass from 3 rounds on; 6 leave a margin.
-ROUNDS = 6
+from configs.schema import MixtureSection, TrainingSection
+from pretrain.data.mixture import Mixture, Numbers
+from pretrain.data.permutation import Permutation
 
-Numbers = npt.NDArray[np.int64]
+Skipped = tuple[tuple[int, int], ...]
+"""Ranges [first, end) of sample numbers that are left out on purpose, in ascending order, apart from one another."""
 
 
-class Permutation:
-    """A keyed bijection of [0, size), computed value by value.
+class Places(NamedTuple):
+    """For each sample, where it stands."""
 
-    An alternating Feistel network (Luby & Rackoff 1988) on the smallest power of two that holds `size`; a value
-    that falls outside is sent through again until it falls inside (cycle walking, Black & Rogaway 2002), which
-    takes fewer than two trips on average.
-    """
-
-    def __init__(self, size: int, seed: int, epoch: int) -> None:
-        """Raises ValueError for an empty domain."""
-        if size < 1:
-            raise ValueError(f"a permutation needs at least one element, found {size}")
-        self.size = size
-        key = int.from_bytes(hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()[:16], "big")
-        random = np.random.Philox(key=key)
-        # Raw words, sorted: numpy promises the words for ever (NEP 19), but not what its Generator makes of them.
-        self._whole = np.argsort(random.random_raw(size), kind="stable") if size < WHOLE_PERMUTATION_BELOW else None
-        bits = max(2, (size - 1).bit_length())
-        self._low_bits = np.uint64(bits // 2)
-        self._low_mask = np.uint64((1 << (bits // 2)) - 1)
-        self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-        self._round_keys = [np.uint64(word) for word in random.random_raw(ROUNDS)]
-
-    def __call__(self, positions: Numbers) -> Numbers:
-        """Images of `positions` (each in [0, size)), same shape."""
-        if self._whole is not None:
-            return self._whole[positions]
-        values = self._feistel(positions.astype(np.uint64))
-        outside = np.nonzero(values >= self.size)[0]
-        while outside.size:
-            again = self._feistel(values[outside])
-            values[outside] = again
-            outside = outside[again >= self.size]
-        return values.astype(np.int64)
-
-    def _feistel(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        high, low = values >> self._low_bits, values & self._low_mask
-        for number, key in enumerate(self._round_keys):
-            if number % 2 == 0:
-                high = high ^ (_scramble(low ^ key) & self._high_mask)
-            else:
-                low = low ^ (_scramble(high ^ key) & self._low_mask)
-        return (high << self._low_bits) | low
+    source_n: Numbers
+    """Index of the source."""
+    epoch_n: Numbers
+    sample_n: Numbers
+    """Number of the sample in its source, in the order of the shards."""
 
 
-def _scramble(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Multiply and fold, modulo 2^64 (the multiplication is meant to wrap around)."""
-    with np.errstate(over="ignore"):
-        values = values * np.uint64(0x9E3779B97F4A7C15)
-        values = values ^ (values >> np.uint64(32))
-        values = values * np.uint64(0xD6E8FEB86659FD93)
-        return values ^ (values >> np.uint64(32))
+@dataclass(frozen=True)
+class SourceSize:
+    """What the order must know about a source."""
+
+    name: str
+    segments: tuple[int, ...]
+    """Samples of each part that is shuffled on its own: one part, or one for each unit of data that is still arriving."""
+    identity: str
+    """SHA-256 over what its samples consist of."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return sum(self.segments)
 
 
 class DataOrder:
-    """Sample number -> window number. Window w covers tokens [w x T, w x T + T], T + 1 of them (the last is only a target)."""
+    """The order of all samples of a run."""
 
-    def __init__(self, num_tokens: int, sequence_length: int, seed: int) -> None:
-        """Raises ValueError when the corpus is shorter than one sample."""
-        self.windows_per_epoch = (num_tokens - 1) // sequence_length
-        if self.windows_per_epoch < 1:
-            raise ValueError(
-                f"the training split has {num_tokens} tokens and one sample needs {sequence_length + 1}; "
-                "add text or lower training.sequence_length"
-            )
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self._permutations: dict[int, Permutation] = {}
+    def __init__(
+        self, sources: Sequence[SourceSize], mixture: MixtureSection, training: TrainingSection, seed: int, skipped: Skipped = ()
+    ) -> None:
+        """Raises UserError for a mixture that does not fit the sources."""
+        self.sources = tuple(sources)
+        self.mixture = Mixture(mixture, training, {source.name: source.num_samples for source in sources})
+        self.skipped = skipped
+        self._seed, self._training, self._section = seed, training, mixture
+        # A source is in one epoch at a time, at its end in two: with less kept, each step would draw those of small sources anew.
+        self._permute = lru_cache(maxsize=2 * max(16, len(sources)))(Permutation)
 
-    def windows(self, first_sample: int, num_samples: int) -> Numbers:
-        """Window numbers of samples [first_sample, first_sample + num_samples), each window once per epoch."""
-        samples = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
-        epochs, positions = samples // self.windows_per_epoch, samples % self.windows_per_epoch
-        windows = np.empty(num_samples, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            windows[here] = self._permutation(int(epoch))(positions[here])
-        return windows
+    def skipping(self, skipped: Skipped) -> "DataOrder":
+        """The same order with other ranges left out."""
+        return DataOrder(self.sources, self._section, self._training, self._seed, skipped)
 
-    def _permutation(self, epoch: int) -> Permutation:
-        if epoch not in self._permutations:
-            self._permutations = {epoch: Permutation(self.windows_per_epoch, self.seed, epoch)} | {
-                kept: one for kept, one in self._permutations.items() if kept == epoch - 1
-            }
-        return self._permutations[epoch]
+    def numbers(self, seen: int, num_samples: int) -> Numbers:
+        """The numbers of the next samples when `seen` have been seen: consecutive, but for those skipped on purpose."""
+        numbers = np.arange(seen, seen + num_samples, dtype=np.int64)
+        for first, end in self.skipped:
+            numbers[numbers >= first] += end - first
+        return numbers
+
+    def seen_before(self, number: int) -> int | None:
+        """How many samples are seen before this one; None for a sample that is skipped. The inverse of `numbers`."""
+        if any(first <= number < end for first, end in self.skipped):
+            return None
+        return number - sum(end - first for first, end in self.skipped if end <= number)
+
+    def places(self, numbers: Numbers) -> Places:
+        """Where samples stand; `numbers` are ascending. Each sample of a source comes once per epoch."""
+        source_n, cursor_n = np.empty_like(numbers), np.empty_like(numbers)
+        cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+        for part in np.split(np.arange(numbers.size), cuts):
+            if part.size:
+                source_n[part], cursor_n[part] = self.mixture.pick(int(numbers[part[0]]), part.size)
+        epoch_n, sample_n = np.empty_like(numbers), np.empty_like(numbers)
+        for index in np.unique(source_n):
+            here = source_n == index
+            epoch_n[here], sample_n[here] = self._shuffle(self.sources[index], cursor_n[here])
+        return Places(source_n, epoch_n, sample_n)
+
+    def find(self, source: str, sample: int, epoch: int) -> int | None:
+        """The number under which a source's sample is seen in an epoch; None when no stage comes to it."""
+        (found,) = (one for one in self.sources if one.name == source)
+        starts = list(accumulate(found.segments, initial=0))
+        segment = int(np.searchsorted(starts, sample, side="right")) - 1
+        shuffle = self._permutation(found, epoch, segment)
+        position = int(shuffle.inverse(np.array([sample - starts[segment]]))[0])
+        return self.mixture.find(source, epoch * found.num_samples + starts[segment] + position)
+
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """How often each source is seen in the first `num_samples` of the run."""
+        cursors = self.mixture.cursors(num_samples)
+        return {source.name: cursors[source.name] / max(1, source.num_samples) for source in self.sources}
+
+    def identity(self, seen: int) -> dict[str, str]:
+        """SHA-256 of everything that decided the first `seen` samples, by what it is: a run goes on only where all are equal."""
+        next_number = int(self.numbers(seen, 1)[0])
+        names = [source.name for source in self.sources]
+        passed = [stage for stage in self.mixture.stages if stage.first_sample < next_number]
+        training = self._training
+        facts = [self._seed, training.sequence_length, training.global_batch_samples, training.packing, self.skipped]
+        facts += [stage.facts(names) for stage in passed]
+        used = {name for stage in passed for name, count in zip(names, stage.interleaving.counts_S, strict=True) if count}
+        return {
+            "mixture": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+            **{f"source {source.name}": source.identity for source in self.sources if source.name in used},
+        }
+
+    def _shuffle(self, source: SourceSize, cursor_n: Numbers) -> tuple[Numbers, Numbers]:
+        epoch_n, position_n = np.divmod(cursor_n, source.num_samples)
+        starts = np.array([0, *accumulate(source.segments)])
+        segment_n = np.searchsorted(starts, position_n, side="right") - 1
+        sample_n = np.empty_like(position_n)
+        for epoch, segment in np.unique(np.stack([epoch_n, segment_n], axis=1), axis=0).tolist():
+            here = (epoch_n == epoch) & (segment_n == segment)
+            sample_n[here] = starts[segment] + self._permutation(source, epoch, segment)(position_n[here] - starts[segment])
+        return epoch_n, sample_n
+
+    def _permutation(self, source: SourceSize, epoch: int, segment: int) -> Permutation:
+        return self._permute(source.segments[segment], f"data order {self._seed}/{source.name}/{epoch}/{segment}")

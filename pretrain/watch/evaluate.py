@@ -32,7 +32,7 @@ def evaluate(
     model.eval()
     nats, num_tokens = 0.0, 0
     for batch in batches:
-        nats += float(model(batch.tokens_BT, batch.labels_BT).item())
+        nats += float(model(batch.tokens_BT, batch.labels_BT, documents_BT=batch.documents_BT, positions_BT=batch.positions_BT).item())
         num_tokens += batch.num_valid
     model.train(was_training)
     nats, num_tokens = sum_over_data_ranks(nats), int(sum_over_data_ranks(num_tokens))

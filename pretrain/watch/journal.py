@@ -31,9 +31,9 @@ class Journal:
             self._tracker = start_tracking(config, folder, self._progress.say)
         self._throughput = Throughput(state.tokens_seen)
 
-    def step(self, state: TrainState, loss: float, learning_rate: float, gradient_norm: float | None) -> None:
-        """A logged step. loss: the true mean over the global batch, in nats per token."""
-        rate = self._throughput.since_last(state.tokens_seen)
+    def step(self, state: TrainState, loss: float, learning_rate: float, gradient_norm: float | None, seconds_waited: float) -> None:
+        """A logged step. loss: the true mean over the global batch, in nats per token; seconds_waited: for data, since the start."""
+        rate, data_wait = self._throughput.since_last(state.tokens_seen, seconds_waited)
         self._progress.show(state.step, loss, rate)
         self._write(
             state,
@@ -42,6 +42,7 @@ class Journal:
                 "learning_rate": learning_rate,
                 "gradient_norm": gradient_norm,
                 "tokens_per_second": rate,
+                "data_wait_share": data_wait,
                 "skipped_steps": state.skipped_steps,
             },
         )

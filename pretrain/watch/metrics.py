@@ -59,14 +59,16 @@ class MetricsLog:
 
 
 class Throughput:
-    """Tokens per second between two reports, by a monotonic clock."""
+    """What happened between two reports, by a monotonic clock."""
 
     def __init__(self, tokens_seen: int) -> None:
-        self._tokens, self._time = tokens_seen, time.monotonic()
+        self._tokens, self._waited, self._time = tokens_seen, 0.0, time.monotonic()
 
-    def since_last(self, tokens_seen: int) -> float:
-        """Tokens per second since the last call (or since the start), over all ranks."""
+    def since_last(self, tokens_seen: int, seconds_waited: float) -> tuple[float, float]:
+        """Tokens per second since the last call (or since the start), over all ranks, and the share of that time that this
+        rank waited for data. `seconds_waited`: since the start."""
         now = time.monotonic()
-        rate = (tokens_seen - self._tokens) / max(1e-9, now - self._time)
-        self._tokens, self._time = tokens_seen, now
-        return rate
+        seconds = max(1e-9, now - self._time)
+        rate, share = (tokens_seen - self._tokens) / seconds, (seconds_waited - self._waited) / seconds
+        self._tokens, self._waited, self._time = tokens_seen, seconds_waited, now
+        return rate, share

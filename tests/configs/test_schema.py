@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from configs.schema import CHANGEABLE, RunConfig, TrainingSection, differing_keys
+from configs.schema import CHANGEABLE, RunConfig, StageSection, TrainingSection, differing_keys
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -22,12 +22,6 @@ CHANGEABLE_KEYS = {
     "run.name",
     "run.root",
     "run.readable_by",
-    "data.root",
-    "data.quarantine_limit",
-    "data.workers",
-    "data.tokenizer.engine",
-    "data.tokenizer.checked_fraction",
-    "data.verify_before_training",
     "training.micro_batch_samples",
     "parallel.zero_stage",
     "parallel.processes",
@@ -42,10 +36,32 @@ CHANGEABLE_KEYS = {
     "watch.wandb_entity",
     "deepspeed",
 }
+# Sections of which any key may differ: a checkpoint holds what was seen of the data by its hash.
+CHANGEABLE_SECTIONS = {"data", "mixture"}
+# Of these, what may differ when a dataset is built again in the same folder.
+CHANGEABLE_DATA_KEYS = {
+    "data.root",
+    "data.quarantine_limit",
+    "data.workers",
+    "data.tokenizer.engine",
+    "data.tokenizer.checked_fraction",
+    "data.verify_before_training",
+}
 
 
 def build(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(sections)
+
+
+STEP = 4 * 64
+
+
+def staged(*stages: dict[str, Any]) -> dict[str, Any]:
+    """A run of ten steps of `STEP` tokens with these stages."""
+    return {
+        "training": {"total_tokens": 10 * STEP, "sequence_length": 64, "global_batch_samples": 4, "micro_batch_samples": 1},
+        "mixture": {"stages": stages},
+    }
 
 
 # --- impossible combinations -------------------------------------------------------------------------------
@@ -75,6 +91,26 @@ def build(**sections: dict[str, Any]) -> RunConfig:
         ({"training": {"global_batch_samples": 6, "micro_batch_samples": 4}}, "does not divide by 1 rank x 4 samples"),
         ({"parallel": {"processes": 3}}, "a global batch of 256 samples does not divide by 3 ranks x 8 samples"),
         ({"data": {"sources": ({"name": "a", "path": "x"}, {"name": "a", "path": "y"})}}, "two sources have the same name: ['a', 'a']"),
+        (staged({"weights": {"a": 1.0}, "epochs": {"a": 1.0}}), "a stage has either weights or epochs, found both; remove one"),
+        (staged({"weights": {}, "epochs": {}}), "a stage has either weights or epochs, found both; remove one"),
+        (staged({"weights": {}}), "a stage without any source has nothing to learn from"),
+        (staged({"epochs": {}}), "a stage without any source has nothing to learn from"),
+        (staged(), "the first stage begins at from_tokens 0, found no stage"),
+        (staged({"from_tokens": 1}), "the first stage begins at from_tokens 0, found 1"),
+        (staged({"from_tokens": STEP}, {}), f"the first stage begins at from_tokens 0, found {STEP}"),
+        (
+            staged({}, {"from_tokens": 3 * STEP}, {"from_tokens": 2 * STEP}),
+            f"stages begin one after the other, found from_tokens [0, {3 * STEP}, {2 * STEP}]; put them in ascending order, each once",
+        ),
+        (staged({}, {}), "stages begin one after the other, found from_tokens [0, 0]"),
+        (
+            staged({}, {"from_tokens": STEP + 1}, {"from_tokens": 2 * STEP}),
+            "mixture.stages begin at samples [0, 8, 8] of 40 (whole steps of 4)",
+        ),
+        (staged({}, {"from_tokens": 9 * STEP + 1}), "mixture.stages begin at samples [0, 40] of 40 (whole steps of 4)"),
+        (staged({}, {"from_tokens": 10**9}), "each needs a step of its own before the run's end: move from_tokens, or remove a stage"),
+        (staged({"sequence_length": 3}), "a stage's sequence_length 3 does not divide training.sequence_length 64"),
+        (staged({}, {"from_tokens": STEP, "sequence_length": 128}), "a stage's sequence_length 128 does not divide"),
     ],
 )
 def test_impossible_combinations_are_refused(sections: dict[str, Any], words: str) -> None:
@@ -92,6 +128,9 @@ def test_impossible_combinations_are_refused(sections: dict[str, Any], words: st
         {"run": {"deterministic": True}, "deepspeed": {"zero_optimization": None}},
         {"run": {"deterministic": True}, "deepspeed": {"zero_optimization": {"overlap_comm": False}}},
         {"training": {"total_tokens": 524288}, "schedule": {"warmup_tokens": 400_000, "decay_tokens": 124_288}},
+        staged({"weights": {"a": 1.0}}, {"from_tokens": 1, "epochs": {"a": 3, "b": 0.1}}, {"from_tokens": STEP + 1, "weights": None}),
+        staged({}, {"from_tokens": 9 * STEP}),
+        staged({"sequence_length": 1}, {"from_tokens": STEP, "sequence_length": 64}, {"from_tokens": 2 * STEP, "sequence_length": 32}),
     ],
 )
 def test_what_is_beside_an_impossible_combination_is_accepted(sections: dict[str, Any]) -> None:
@@ -193,17 +232,72 @@ def test_every_key_is_changeable_or_reported(dotted: str) -> None:
     now = with_value(before, dotted, another(value_at(before, dotted), LEAVES[dotted].annotation))
     assert now != before
     found = differing_keys(before, now)
-    if dotted in CHANGEABLE_KEYS:
-        assert LEAVES[dotted].json_schema_extra == CHANGEABLE
+    if dotted in CHANGEABLE_KEYS or dotted.partition(".")[0] in CHANGEABLE_SECTIONS:
+        assert (LEAVES[dotted].json_schema_extra == CHANGEABLE) == (dotted in CHANGEABLE_KEYS | CHANGEABLE_DATA_KEYS)
         assert found == {}
     else:
         assert found == {dotted: (value_at(before, dotted), value_at(now, dotted))}
 
 
-def test_the_changeable_keys_exist_and_sections_carry_no_mark() -> None:
-    assert set(LEAVES) >= CHANGEABLE_KEYS
-    marked = [key for key, field in RunConfig.model_fields.items() if field.json_schema_extra and key != "deepspeed"]
-    assert marked == []
+def test_the_changeable_keys_exist_and_few_sections_carry_the_mark() -> None:
+    assert set(LEAVES) >= CHANGEABLE_KEYS | CHANGEABLE_DATA_KEYS
+    marked = {key for key, field in RunConfig.model_fields.items() if field.json_schema_extra == CHANGEABLE and key != "deepspeed"}
+    assert marked == CHANGEABLE_SECTIONS
+
+
+def test_data_and_mixture_may_change_and_what_is_learnt_from_them_may_not() -> None:
+    """How documents become samples is no matter of the data: it is held by the run folder itself."""
+    now = build(
+        data={"root": "elsewhere", "sources": ({"name": "a", "path": "x"},), "seed": 5}, mixture={"stages": ({"weights": {"a": 1.0}},)}
+    )
+    assert differing_keys(RunConfig(), now) == {}
+    now = build(training={"packing": "best_fit", "separate_documents": False, "restart_positions": False})
+    assert differing_keys(RunConfig(), now) == {
+        "training.packing": ("chop", "best_fit"),
+        "training.separate_documents": (True, False),
+        "training.restart_positions": (True, False),
+    }
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"weights": {"a": 0}},
+        {"weights": {"a": -1.0}},
+        {"weights": {"a": float("nan")}},
+        {"epochs": {"a": float("inf")}},
+        {"weights": {"a": "1"}},
+        {"weights": {"a": True}},
+        {"weights": {"a": None}},
+        {"weights": {1: 1.0}},
+        {"weights": ["a"]},
+        {"epochs": 3.0},
+        {"from_tokens": -1},
+        {"from_tokens": 0.0},
+        {"from_tokens": None},
+        {"sequence_length": 0},
+        {"sequence_length": "64"},
+        {"weight": {"a": 1.0}},
+    ],
+    ids=str,
+)
+def test_a_stage_takes_only_what_it_says(stage: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        StageSection.model_validate(stage)
+    with pytest.raises(ValidationError):
+        build(mixture={"stages": (stage,)})
+
+
+def test_a_stage_may_name_its_weights_in_whole_numbers() -> None:
+    assert StageSection(weights={"a": 3}) == StageSection(weights={"a": 3.0})
+
+
+@given(st.integers(0, 10**13), st.integers(1, 8192), st.integers(1, 4096))
+def test_a_stage_begins_with_the_first_step_at_its_tokens_or_behind(tokens: int, length: int, batch: int) -> None:
+    training = TrainingSection(sequence_length=length, global_batch_samples=batch)
+    step, rest = divmod(training.first_sample(tokens), batch)
+    assert rest == 0
+    assert (step - 1) * training.tokens_per_step < tokens <= step * training.tokens_per_step
 
 
 def test_no_difference_is_no_difference() -> None:

@@ -1,10 +1,11 @@
 """What is sealed comes back; what was touched in any bit or byte does not."""
 
+import json
 import random
 
 import pytest
 
-from configs.sealed import seal, unseal
+from configs.sealed import seal, sealed_text, unseal
 
 FOUND = {"name": "dataset — ü", "counts": {"read": 12, "kept": 1.5}, "list": [None, True, "x"], "empty": {}}
 
@@ -29,3 +30,22 @@ def test_other_content_is_refused(seed):
     for content in (b"", b"[]", b"{}", b"null", b'{"a": 1}', seal(FOUND)[:-20], seal(FOUND) + b" ", chosen.randbytes(50)):
         with pytest.raises(ValueError):
             unseal(content)
+
+
+def test_every_cut_and_every_missing_or_doubled_byte_is_found():
+    content = seal(FOUND)
+    for place in range(len(content)):
+        for changed in (content[:place], content[:place] + content[place + 1 :], content[: place + 1] + content[place:]):
+            if changed != content:
+                with pytest.raises(ValueError):
+                    unseal(changed)
+
+
+def test_what_was_hashed_is_the_mapping_without_its_seal():
+    """For a parser of one's own; also where keys inside are called as the seal is, and in another spelling of the same JSON not."""
+    found = {"files": {"a": {"sha256": "0" * 64, "bytes": 3}}, "text": '\n "sha256": "x"\n}\n'}
+    content = seal(found)
+    assert json.loads(sealed_text(content)) == unseal(content) == found
+    assert sealed_text(content) == (json.dumps(found, indent=1) + "\n").encode()
+    with pytest.raises(ValueError):
+        unseal(json.dumps(json.loads(content)).encode())

@@ -1,4 +1,4 @@
-"""The state of a run: four integers that come back out of a file as they went in."""
+"""The state of a run: a few integers that come back out of a file as they went in."""
 
 import json
 
@@ -25,7 +25,30 @@ def test_comes_back_out_of_json() -> None:
     assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
-@pytest.mark.parametrize("mapping", [{"step": "many"}, {"step": None}, {"steps": 3}], ids=str)
-def test_what_is_no_state_is_refused(mapping: dict[str, object]) -> None:
+@pytest.mark.parametrize("skipped", [(), ((0, 1),), ((5, 7), (100, 2**53 + 1), (2**62, 2**62 + 9))], ids=str)
+def test_what_was_skipped_comes_back_as_it_was(skipped: tuple[tuple[int, int], ...]) -> None:
+    """As tuples of integers: the order's identity is a hash of them, and a state can be hashed and compared."""
+    state = TrainState(step=3, skipped_samples=skipped)
+    again = TrainState.from_json(json.loads(json.dumps(state.to_json())))
+    assert again == state
+    assert again.skipped_samples == skipped
+    assert hash(again) == hash(state)
+    assert TrainState(**state.to_json()) == state
+    assert state.advance(4, 32, applied=True).skipped_samples == skipped
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "many"},
+        {"step": None},
+        {"steps": 3},
+        {"skipped_samples": [[1]]},
+        {"skipped_samples": [["a", 2]]},
+        {"skipped_samples": None},
+    ],
+    ids=str,
+)
+def test_what_is_no_state_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError)):
-        TrainState.from_json(mapping)
+        TrainState.from_json(TrainState().to_json() | changes)

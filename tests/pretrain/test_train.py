@@ -53,14 +53,16 @@ def test_the_loss_is_exact_over_the_global_batch_with_unequal_masks(run_on_ranks
         }
         here = {"dataset": str(dataset), "runs": str(runs / stage), "overrides": overrides}
         ranks = run_on_ranks("tests.training:one_masked_step", 2, here)
-        tokens = torch.cat([torch.tensor(part["tokens"]) for rank in ranks for part in rank["fed"]])
-        labels = torch.cat([torch.tensor(part["labels"]) for rank in ranks for part in rank["fed"]])
+        parts = [part for rank in ranks for part in rank["fed"]]
+        tokens, labels, documents, positions = (
+            torch.cat([torch.tensor(part[name]) for part in parts]) for name in ("tokens", "labels", "documents", "positions")
+        )
         config = tiny_config(dataset, runs / stage, **overrides)
         model = Decoder(config.model)
         initialize_weights(model, config.run.seed)
         optimizer = build_optimizer(model, config.optimizer)
         set_learning_rate(optimizer, learning_rate(128, config.training, config.optimizer, config.schedule))
-        loss = model(tokens, labels) / (labels != -100).sum()
+        loss = model(tokens, labels, documents_BT=documents, positions_BT=positions) / (labels != -100).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -34,7 +34,7 @@ def hear_verdicts() -> dict[str, Any]:
         heard.append(str(error))
 
     class Model(torch.nn.Module):
-        def forward(self, tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        def forward(self, tokens_BT: torch.Tensor, labels_BT: torch.Tensor, **_: torch.Tensor | None) -> torch.Tensor:
             return labels_BT.sum().float()
 
     nats = ((1, 5), (2, 6)) if rank == 0 else ((3, 7), (4, 8))

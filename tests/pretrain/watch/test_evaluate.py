@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import ModelSection
-from data_pipeline.shards import Shard, ShardWriter
-from pretrain.data.batches import TokenStream, held_out_batches
+from configs.schema import ModelSection, TrainingSection
+from pretrain.data.batches import held_out_batches
+from pretrain.data.tokens import TokenFiles, TokenStream
 from pretrain.model.decoder import Decoder, initialize_weights
 from pretrain.watch.evaluate import evaluate
+from tests.tiny import write_shard
 
 CPU = torch.device("cpu")
 V, END, T = 48, 47, 16
+TRAINING = TrainingSection(sequence_length=T)
 
 
 def make_model(seed: int, **changes: float) -> Decoder:
@@ -27,30 +29,36 @@ def make_model(seed: int, **changes: float) -> Decoder:
 
 @pytest.fixture
 def tokens(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, V, 75)
+    """Several documents, so that windows hold more than one: every ninth token or so ends one, and the last one does."""
+    random = np.random.default_rng(seed)
+    tokens = np.where(random.random(75) < 1 / 9, END, random.integers(0, END, 75))
+    tokens[[3, 4, -1]] = END
+    return tokens
 
 
 @pytest.fixture
 def stream(tmp_path: Path, tokens: np.ndarray) -> TokenStream:
-    with ShardWriter(tmp_path / "shard", np.dtype(np.uint16)) as writer:
-        writer.add_document(tokens)
-    return TokenStream([Shard(tmp_path / "shard")])
+    return TokenStream(TokenFiles(tmp_path, [write_shard(tmp_path, "shard", "web", [tokens])], "uint16", END), 0, [tokens.size])
 
 
+@pytest.mark.parametrize("separate", [True, False], ids=["separate", "together"])
 @pytest.mark.parametrize("micro", [1, 2, 7])
-def test_equals_a_direct_computation(stream: TokenStream, tokens: np.ndarray, seed: int, micro: int) -> None:
-    """The probability of each token given those before it in its window, asked from the logits, in float64."""
+def test_equals_a_direct_computation(stream: TokenStream, tokens: np.ndarray, seed: int, micro: int, separate: bool) -> None:
+    """The probability of each token given those before it in its document and window, asked from the logits, in float64."""
     model = make_model(seed)
     nats = 0.0
     row = [END, *tokens.tolist()]
     with torch.no_grad():
         for start in range(0, len(tokens), T):
-            context = row[start : start + T][: len(tokens) - start]
-            logits = model(torch.tensor([context]))[0].double()
-            chosen = torch.log_softmax(logits, dim=-1)[range(len(context)), tokens[start : start + len(context)].tolist()]
-            nats -= float(chosen.sum())
+            end = min(start + T, len(tokens))
+            begins = [start, *(place for place in range(start + 1, end) if separate and row[place] == END)]
+            for begin, behind in zip(begins, [*begins[1:], end], strict=True):  # each document as if nothing else were there
+                logits = model(torch.tensor([row[begin:behind]]))[0].double()
+                chosen = torch.log_softmax(logits, dim=-1)[range(behind - begin), row[begin + 1 : behind + 1]]
+                nats -= float(chosen.sum())
     num_bytes = 333
-    found = evaluate(model, held_out_batches(stream, END, T, micro, 0, 1, CPU), num_bytes)
+    training = TrainingSection(sequence_length=T, separate_documents=separate, restart_positions=separate)
+    found = evaluate(model, held_out_batches(stream, training, micro, 0, 1, CPU), num_bytes)
     assert found.num_tokens == 75
     assert found.nats_per_token == pytest.approx(nats / 75, rel=1e-6)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
@@ -59,13 +67,13 @@ def test_equals_a_direct_computation(stream: TokenStream, tokens: np.ndarray, se
 
 def test_ranks_together_find_what_one_finds_alone(stream: TokenStream, seed: int) -> None:
     model = make_model(seed)
-    alone = evaluate(model, held_out_batches(stream, END, T, 2, 0, 1, CPU), 100)
+    alone = evaluate(model, held_out_batches(stream, TRAINING, 2, 0, 1, CPU), 100)
     for num_ranks in (2, 3):
         parts: list[float] = []
         for rank in range(num_ranks):
             evaluate(
                 model,
-                held_out_batches(stream, END, T, 1, rank, num_ranks, CPU),
+                held_out_batches(stream, TRAINING, 1, rank, num_ranks, CPU),
                 100,
                 lambda value, parts=parts: parts.append(value) or value,
             )
@@ -77,8 +85,8 @@ def test_ranks_together_find_what_one_finds_alone(stream: TokenStream, seed: int
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_rests_and_the_model_is_left_as_it_was(stream: TokenStream, seed: int, training: bool) -> None:
     dropping = make_model(seed, dropout=0.5).train(training)
-    found = evaluate(dropping, held_out_batches(stream, END, T, 2, 0, 1, CPU), 100)
-    assert found == evaluate(make_model(seed), held_out_batches(stream, END, T, 2, 0, 1, CPU), 100)
+    found = evaluate(dropping, held_out_batches(stream, TRAINING, 2, 0, 1, CPU), 100)
+    assert found == evaluate(make_model(seed), held_out_batches(stream, TRAINING, 2, 0, 1, CPU), 100)
     assert dropping.training is training
     assert all(parameter.grad is None for parameter in dropping.parameters())
 

@@ -81,13 +81,15 @@ def test_after_kills_every_step_is_there_exactly_once(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_throughput_is_over_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_and_waiting_are_over_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     throughput = Throughput(5000)  # tokens of earlier attempts count for nothing
     now[0] = 104.0
-    assert throughput.since_last(5800) == 200.0
+    assert throughput.since_last(5800, 1.0) == (200.0, 0.25)
     now[0] = 105.0
-    assert throughput.since_last(5900) == 100.0
-    assert throughput.since_last(5900) == 0.0
-    assert time.monotonic() == 105.0
+    assert throughput.since_last(5900, 1.0) == (100.0, 0.0)
+    now[0] = 107.0
+    assert throughput.since_last(5900, 3.0) == (0.0, 1.0)
+    assert throughput.since_last(5900, 3.0) == (0.0, 0.0), "no time has passed"
+    assert time.monotonic() == 107.0

@@ -157,7 +157,7 @@ def test_a_broken_wandb_reaches_neither_the_loop_nor_its_end(
 
     def loop() -> None:
         with Journal(config(), tmp_path, 1, TrainState(), is_writer=True) as journal:
-            journal.step(state, 2.5, 1e-3, None)
+            journal.step(state, 2.5, 1e-3, None, 0.0)
             if error is not None:
                 raise error("the loop's own")
 
@@ -175,7 +175,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pretrain.watch.journal.start_tracking", lambda *_: pytest.fail("a second tracker"))
     before = set(tmp_path.iterdir())
     with Journal(config(), tmp_path, 1, TrainState(), is_writer=False) as journal:
-        journal.step(TrainState(step=1), 2.5, 1e-3, None)
+        journal.step(TrainState(step=1), 2.5, 1e-3, None, 0.0)
         journal.say("a word")
     assert set(tmp_path.iterdir()) == before
     assert capsys.readouterr() == ("", "")

@@ -1,0 +1,56 @@
+"""Samples that were packed when the data was built: sample number -> the pieces of documents it is made of.
+
+In: the records of a source's shards and a sequence length. Out: which tokens of which shard are the targets of a sample.
+As everywhere, the input of a target is the token before it; before a document's first token stands an end of text.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import UserError
+from data_pipeline.manifest import ShardRecord
+from data_pipeline.packing import Packs, packs_name, read_packs
+
+Numbers = npt.NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """Neighbouring tokens of one document that are targets of one sample."""
+
+    file: int
+    first_token: int
+    num_tokens: int
+
+
+class PackedSource:
+    """The packs of a source's shards, one behind the other."""
+
+    def __init__(self, folder: Path, shards: Sequence[ShardRecord], first_file: int, length: int) -> None:
+        """first_file: the number of the first shard among `TokenFiles`. Raises UserError where no packs of that length were built."""
+        if missing := [shard.name for shard in shards if str(length) not in shard.packings]:
+            raise UserError(
+                f"{folder / missing[0]} has no packs of {length} tokens, which training.packing best_fit needs; add {length} to "
+                "data.packed_lengths and build the data again, or set training.packing to chop."
+            )
+        self._paths = [Path(packs_name(folder / shard.name, length)) for shard in shards]
+        self._first = first_file
+        self._starts = np.cumsum([0, *(shard.packings[str(length)].num_packs for shard in shards)])
+        self._packs: dict[int, Packs] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def pieces(self, sample: int) -> list[Piece]:
+        """What a sample is made of. Raises UserError for an index that is missing or damaged."""
+        index = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        if index not in self._packs:
+            self._packs[index] = read_packs(self._paths[index])
+        packs, number = self._packs[index], sample - int(self._starts[index])
+        pieces = slice(int(packs.pack_starts[number]), int(packs.pack_starts[number + 1]))
+        spans = zip(packs.first_token[pieces].tolist(), packs.num_tokens[pieces].tolist(), strict=True)
+        return [Piece(self._first + index, first, num) for first, num in spans]
+
