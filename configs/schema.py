@@ -181,8 +181,9 @@ class DataSection(Section):
     """A larger document goes to quarantine instead of into memory."""
     quarantine_limit: Fraction = Field(default=0.01, json_schema_extra=CHANGEABLE)
     """The build stops when more than this share of the documents cannot be read."""
-    verify_before_training: bool = Field(default=True, json_schema_extra=CHANGEABLE)
-    """Whether `pretrain train` reads every shard and compares its SHA-256 first; a flipped bit is refused."""
+    verify_before_training: bool = Field(default=False, json_schema_extra=CHANGEABLE)
+    """Whether `pretrain train` reads every shard and compares its SHA-256 first. Either way each block of 64 KiB is compared with its
+    CRC32C when it is first read, and a flipped bit ends the run."""
     workers: PositiveInt | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """Ray tasks at once; when null, one per CPU. The result does not depend on it."""
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,7 +44,7 @@ app = typer.Typer(
         "pretrain train RUN.yaml optimizer.peak_lr=3e-4"
     ),
 )
-data_app = typer.Typer(no_args_is_help=True, help="Token shards: build them from text, look at them, compare and verify them.")
+data_app = typer.Typer(no_args_is_help=True, help="Token shards: build them from text, look at them, compare and verify them, trace them.")
 config_app = typer.Typer(no_args_is_help=True, help="Run files.")
 checkpoints_app = typer.Typer(no_args_is_help=True, help="The commits of a run.")
 app.add_typer(data_app, name="data")
@@ -101,15 +102,19 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     from configs.loader import load_config
 
     config = load_config(run_file, overrides or [])
-    from pretrain.checkpoint.commit import is_committed
+    from pretrain.checkpoint.verify import is_committed
     from pretrain.data.corpus import open_corpus
+    from pretrain.mixture_view import check_repeats
     from pretrain.run.folder import RunFolder
     from pretrain.run.supervisor import supervise
 
     _refuse_a_moved_run(run_file, config)
     open_corpus(config)  # unfinished or unfit data is said before anything is made or started
-    if config.data.verify_before_training and not is_committed(RunFolder.of(config).checkpoints, config.training.total_steps):
-        _refuse_damaged_data(Path(config.data.folder()))
+    if not is_committed(RunFolder.of(config).checkpoints, config.training.total_steps):
+        for warning in check_repeats(config):
+            _say(f"WARNING: {warning}")
+        if config.data.verify_before_training:
+            _refuse_damaged_data(Path(config.data.folder()))
     raise typer.Exit(supervise(config, _say, is_committed))
 
 
@@ -285,6 +290,77 @@ def data_rules(as_json: AsJson = False) -> None:
         tell_rules(rules, open_page())
 
 
+@data_app.command("mixture")
+def data_mixture(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Also what has been seen when this step is done.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run will see of each source: by stage and as a whole, in samples, tokens and epochs.
+
+    Also which sources rest, which are too small for one sample, and what is left over at a source's end. A token is not read.
+
+    Example: pretrain data mixture configs/runs/demo.yaml training.total_tokens=1_000_000_000
+    """
+    from configs.loader import load_config
+    from pretrain.mixture_view import describe_mixture, tell_mixture
+    from pretrain.page import open_page
+
+    found = describe_mixture(load_config(run_file, overrides or []), step)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        tell_mixture(found, open_page())
+
+
+@data_app.command("trace")
+def data_trace(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option(help="What this step learns from; 1 is the first update.", show_default=False)] = None,
+    from_step: Annotated[int | None, typer.Option(help="What the steps from this one on learn from, ...", show_default=False)] = None,
+    to_step: Annotated[int | None, typer.Option(help="... up to this one.", show_default=False)] = None,
+    sample: Annotated[int | None, typer.Option(help="What this sample of the order is; 0 is the first.", show_default=False)] = None,
+    document: Annotated[
+        str | None, typer.Option(metavar="ID", help="When the document of this id, or of this name, is seen.", show_default=False)
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Only of this source; without it, of all.", show_default=False)] = None,
+    text: Annotated[int, typer.Option(min=0, help="Show so many characters of each part of a document; 0: no text.")] = 80,
+    as_json: AsJson = False,
+) -> None:
+    """Print which documents a run saw when: those of a step or a sample, or the steps of a document.
+
+    Asked with one of --step, --from-step with --to-step, --sample, --document. Computed from the run's run.yaml, the dataset's
+    manifest and the seed: nothing is replayed and no weights are loaded. --document reads the ids of one shard after the other.
+
+    Example: pretrain data trace runs/demo --step 120 --text 200
+    """
+    questions = {"--step": step, "--from-step with --to-step": from_step or to_step, "--sample": sample, "--document": document}
+    asked = [name for name, value in questions.items() if value is not None]
+    if len(asked) != 1 or (from_step is None) != (to_step is None):
+        raise UserError(f"found {' and '.join(asked) or 'no question'}; wanted exactly one of {', '.join(questions)}.")
+    folder = _find_run(run)
+    from dataclasses import asdict
+
+    from pretrain.page import open_page
+    from pretrain.trace import Trace, describe_run, tell_samples, tell_traced_document
+
+    trace = Trace(folder)
+    if document is not None:
+        found = trace.document(document, source)
+        answer: dict[str, Any] = {"document": asdict(found)}
+        tell = partial(tell_traced_document, trace, found)
+    else:
+        first, last = (step, step) if step is not None else (from_step, to_step)
+        samples = [trace.sample(sample, text)] if sample is not None else trace.steps(first or 0, last or 0, source, text)
+        answer = {"samples": [asdict(one) for one in samples]}
+        tell = partial(tell_samples, trace, samples)
+    if as_json:
+        typer.echo(json.dumps(describe_run(trace) | answer))
+    else:
+        tell(open_page())
+
+
 @data_app.command("verify")
 def data_verify(data: DataArgument, as_json: AsJson = False) -> None:
     """Compare every byte of a dataset with its manifest. Exit status 2 when something differs.
@@ -307,7 +383,7 @@ def checkpoints_list(run: RunArgument, as_json: AsJson = False) -> None:
     Example: pretrain checkpoints list runs/demo
     """
     folder = _find_run(run)
-    from pretrain.checkpoint.commit import list_commits, read_commit
+    from pretrain.checkpoint.verify import list_commits, read_commit
 
     rows: list[dict[str, Any]] = []
     for path in list_commits(folder.checkpoints):
@@ -334,7 +410,7 @@ def checkpoints_verify(run: RunArgument, as_json: AsJson = False) -> None:
     Example: pretrain checkpoints verify runs/demo
     """
     folder = _find_run(run)
-    from pretrain.checkpoint.commit import list_commits, verify_commit
+    from pretrain.checkpoint.verify import list_commits, verify_commit
 
     problems = [problem for path in list_commits(folder.checkpoints) for problem in verify_commit(path)]
     _report_problems(f"{folder.checkpoints} ({len(list_commits(folder.checkpoints))} commits)", problems, as_json, FALL_BACK)

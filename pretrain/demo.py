@@ -24,7 +24,7 @@ from data_pipeline.manifest import load_manifest
 from data_pipeline.shards import Shard
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.build import build_with_progress
-from pretrain.checkpoint.commit import is_committed, list_commits, read_commit
+from pretrain.checkpoint.verify import is_committed, list_commits, read_commit
 from pretrain.run.folder import RunFolder
 from pretrain.run.outcome import EXIT_DONE, EXIT_RESUMABLE
 from pretrain.run.signals import end_with_parent

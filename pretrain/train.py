@@ -123,13 +123,14 @@ def resume(engine: DeepSpeedEngine, run: RunFolder, order: DataOrder, tokenizer_
     if commit is None:
         return TrainState()
     state = commit.state
-    identity = order.skipping(state.skipped_samples).identity(state.samples_seen) | {"tokenizer": tokenizer_sha256}
+    order = order.skipping(state.skipped_samples)
+    identity = order.identity(state.samples_seen) | {"tokenizer": tokenizer_sha256}
     changed = sorted(key for key in commit.identity | identity if commit.identity.get(key) != identity.get(key))
     if changed:
         raise UserError(
             f"{commit.folder} has seen {state.samples_seen} samples, and what the run file now names would have made them others: "
-            f"{', '.join(changed)} differ. mixture.stages may change from step {state.step} on (from_tokens: {state.tokens_seen} or "
-            "more); put the rest back as it was, or start another run with run.name=NAME."
+            f"{', '.join(changed)} differ. mixture.stages may change from step {state.step} on (from_tokens: "
+            f"{order.next_token(state.samples_seen)} or more); put the rest back as it was, or start another run with run.name=NAME."
         )
     read_fragments(engine, commit.folder)
     restore_random_state(commit.folder, commit.world_size)

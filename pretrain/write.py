@@ -11,8 +11,8 @@ import torch
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
-from pretrain.checkpoint.commit import Commit, list_commits, read_commit, verify_commit
 from pretrain.checkpoint.fragments import FragmentIndex
+from pretrain.checkpoint.verify import Commit, list_commits, read_commit, verify_commit
 from pretrain.model.decoder import Decoder
 from pretrain.model.generate import generate
 from pretrain.run.folder import RunFolder

@@ -49,6 +49,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pretrain.demo": PACKAGES,
     "pretrain.build": PACKAGES,
     "pretrain.data_view": PACKAGES,
+    "pretrain.mixture_view": PACKAGES,
+    "pretrain.trace": PACKAGES,
     "launch": ("configs",),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -186,12 +187,16 @@ def test_a_usage_error_is_a_few_lines_and_status_2(arguments: list[str]) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_a_flipped_bit_in_a_shard_is_refused_before_training(place: Path, seed: int) -> None:
-    """Nothing is started and no run folder is made; the message names the file and how to repair it, and that works."""
+def test_a_flipped_bit_in_a_shard_is_never_learnt_from(place: Path, seed: int) -> None:
+    """It ends the run when it is read, or, verified before, no run folder is made; the messages name the file and how to repair
+    it, and that works."""
     shard = place / "shards" / "units" / "00000" / "train-00000.bin"
     clean = shard.read_bytes()
     flip_a_bit(shard, random.Random(seed))
-    said = pretrain("train", place / "sums.yaml", "run.name=on-damaged-data", status=2).stderr
+    said = pretrain("train", place / "sums.yaml", "run.name=meets-damaged-data", status=2).stderr
+    assert re.search(r"units/00000/train-00000\.bin: bytes \d+ to \d+ are not those that were built", said)
+    assert not list((place / "runs" / "meets-damaged-data" / "checkpoints").glob("step-*"))
+    said = pretrain("train", place / "sums.yaml", "run.name=on-damaged-data", "data.verify_before_training=true", status=2).stderr
     assert "units/00000/train-00000.bin: its SHA-256 differs" in said
     assert "`pretrain data build RUN.yaml --rebuild` keeps what is whole" in said
     assert not (place / "runs" / "on-damaged-data").exists()

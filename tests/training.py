@@ -17,8 +17,8 @@ import torch.distributed as distributed
 from configs.loader import load_config
 from configs.schema import RunConfig
 from pretrain import train as loop
-from pretrain.checkpoint.commit import list_commits
 from pretrain.checkpoint.fragments import owned_slices, read_fragments, state_hash, torch_optimizer, write_fragments
+from pretrain.checkpoint.verify import list_commits
 from pretrain.data.batches import IGNORED_LABEL, Batches, MicroBatch
 from pretrain.engine.parallel import Layout
 from pretrain.engine.setup import initialize_engine

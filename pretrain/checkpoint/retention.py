@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from configs.durable import remove_folders
-from pretrain.checkpoint.commit import list_commits
+from pretrain.checkpoint.verify import list_commits
 
 
 def remove_old_commits(checkpoints: Path, keep: int) -> list[Path]:

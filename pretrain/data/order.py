@@ -74,6 +74,10 @@ class DataOrder:
             numbers[numbers >= first] += end - first
         return numbers
 
+    def next_token(self, seen: int) -> int:
+        """Where in the order, in tokens, the next sample stands when `seen` have been seen: a stage may still begin there."""
+        return int(self.numbers(seen, 1)[0]) * self._training.sequence_length
+
     def seen_before(self, number: int) -> int | None:
         """How many samples are seen before this one; None for a sample that is skipped. The inverse of `numbers`."""
         if any(first <= number < end for first, end in self.skipped):

@@ -53,4 +53,3 @@ class PackedSource:
         pieces = slice(int(packs.pack_starts[number]), int(packs.pack_starts[number + 1]))
         spans = zip(packs.first_token[pieces].tolist(), packs.num_tokens[pieces].tolist(), strict=True)
         return [Piece(self._first + index, first, num) for first, num in spans]
-

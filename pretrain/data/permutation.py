@@ -4,6 +4,7 @@ In: a size and a key. Out: for any positions their images, and back.
 """
 
 import hashlib
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,12 @@ class Permutation:
 
     def inverse(self, images: Numbers) -> Numbers:
         """The positions whose images these are, (n,)."""
-        return np.argsort(self._whole)[images] if self._whole is not None else self._walk(images, range(ROUNDS - 1, -1, -1))
+        return self._walk(images, range(ROUNDS - 1, -1, -1)) if self._whole is None else self._whole_inverse[images]
+
+    @cached_property
+    def _whole_inverse(self) -> Numbers:
+        assert self._whole is not None, "a network is inverted by its rounds"
+        return np.argsort(self._whole)
 
     def _walk(self, numbers: Numbers, rounds: range) -> Numbers:
         values = self._feistel(numbers.astype(np.uint64), rounds)

@@ -62,4 +62,3 @@ def _read_packed(corpus: Corpus, places: Places, length: int) -> Rows:
             at += num_tokens
         rows.is_start_nT[row, at : at + 1] = True  # padding is a document of its own
     return rows
-

@@ -36,7 +36,7 @@ class TokenFiles:
         self._unchecked: list[bytearray] = [bytearray()] * len(shards)
         """For each block of an opened file 1 until it has been compared with its sum."""
         self._sums: list[npt.NDArray[np.uint32]] = [np.empty(0, np.uint32)] * len(shards)
-        _allow_open_files(len(shards))
+        _allow_open_files(2 * len(shards))  # with an index of packs beside each
 
     def read(self, file_n: Numbers, offset_n: Numbers, rows_nT1: Tokens) -> None:
         """Fill each row with the token before offset_n[n] of file file_n[n], and the T tokens from there on.

@@ -21,8 +21,9 @@ import torch.distributed as distributed
 from configs import durable
 from configs.errors import UserError
 from pretrain.checkpoint import commit as module
-from pretrain.checkpoint.commit import list_commits, newest_verified_commit, verify_commit, write_commit
+from pretrain.checkpoint.commit import newest_verified_commit, write_commit
 from pretrain.checkpoint.retention import remove_old_commits
+from pretrain.checkpoint.verify import list_commits, verify_commit
 from pretrain.state import TrainState
 
 IDENTITY = {"data": "d" * 64, "tokenizer": "e" * 64}

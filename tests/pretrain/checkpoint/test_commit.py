@@ -15,16 +15,8 @@ import pytest
 import torch.distributed as distributed
 
 from configs.errors import UserError
-from pretrain.checkpoint.commit import (
-    MANIFEST,
-    check_files,
-    list_commits,
-    newest_verified_commit,
-    read_commit,
-    reject_commit,
-    verify_commit,
-    write_commit,
-)
+from pretrain.checkpoint.commit import newest_verified_commit, reject_commit, write_commit
+from pretrain.checkpoint.verify import MANIFEST, check_files, list_commits, read_commit, verify_commit
 from pretrain.state import TrainState
 from tests.pretrain.checkpoint.on_ranks import IDENTITY, KILL_POINTS, flip_bit, rank_files, save, tree
 

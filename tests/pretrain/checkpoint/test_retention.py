@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint import retention
-from pretrain.checkpoint.commit import list_commits
 from pretrain.checkpoint.retention import remove_old_commits
+from pretrain.checkpoint.verify import list_commits
 
 
 def make(checkpoints: Path, *steps: int) -> list[str]:

@@ -1,0 +1,225 @@
+"""What a run will see of each source: `pretrain data mixture`, and the check of repeats before `pretrain train`.
+
+In: a resolved configuration, of which the dataset's manifest is opened. Out: plain values, ready for JSON, and the same as
+tables; or a refusal of too many epochs. No token is read, and no torch is loaded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from data_pipeline.manifest import load_manifest
+from pretrain.checkpoint.verify import newest_readable_commit
+from pretrain.data.corpus import open_corpus
+from pretrain.data.order import DataOrder
+from pretrain.page import Page
+from pretrain.run.folder import RunFolder
+
+GOOD_EPOCHS = 4
+"""Up to here repeated text is almost as good as new (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models")."""
+
+
+def check_repeats(config: RunConfig) -> list[str]:
+    """What is to be said of sources that are seen too often: sentences, of which there are none beside a limit of one's own.
+
+    Raises UserError where a source is seen more often than `mixture.max_epochs`, and as `open_corpus` and `DataOrder` do.
+    """
+    return _judge_repeats(config, _order(config))
+
+
+def _judge_repeats(config: RunConfig, order: DataOrder) -> list[str]:
+    limit = config.mixture.max_epochs
+    training = config.training
+    total = training.total_steps * training.global_batch_samples
+    epochs, cursors = order.epochs(total), order.mixture.cursors(total)
+    often = [source for source in order.sources if epochs[source.name] > (limit or GOOD_EPOCHS)]
+    if not often:
+        return []
+    names = ", ".join(source.name for source in often)
+    numbers = ", ".join(
+        f"{source.name} {_spell_epochs(epochs[source.name])} times ({cursors[source.name]:,} samples of {source.num_samples:,})"
+        for source in often
+    )
+    if limit is None:
+        return [
+            f"this run sees {numbers}. Up to {GOOD_EPOCHS} times text is almost as good as new, beyond each time teaches less (Muennighoff "
+            "et al. 2023); mixture.max_epochs sets a limit."
+        ]
+    fewer = _largest_total(config, order, limit)
+    raise UserError(
+        f"mixture.max_epochs is {limit:g}, and this run would see {numbers}. "
+        f"{f'Lower training.total_tokens to {fewer} at most, or give' if fewer else 'Give'} {names} less weight, add text to it, or raise "
+        "mixture.max_epochs."
+    )
+
+
+def _largest_total(config: RunConfig, order: DataOrder, limit: float) -> int | None:
+    """The most tokens in whole steps for which no source is seen more often; None where the last stage would not begin."""
+    training = config.training
+    fits, too_many = 0, training.total_steps
+    while fits < too_many - 1:
+        middle = (fits + too_many) // 2
+        if max(order.epochs(middle * training.global_batch_samples).values()) <= limit:
+            fits = middle
+        else:
+            too_many = middle
+    begins = order.mixture.stages[-1].first_sample < fits * training.global_batch_samples
+    return fits * training.tokens_per_step if begins else None
+
+
+def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, Any]:
+    """What each stage and the run as a whole see of each source; with `step`, also how much of it has been seen by then.
+
+    What a run that has begun leaves out on purpose does not count. Raises UserError as `check_repeats` does, but for repeats.
+    """
+    training = config.training
+    if step is not None and not 0 <= step <= training.total_steps:
+        raise UserError(f"the run has the steps 1 to {training.total_steps}, asked for step {step}.")
+    order = _order(config)
+    if progress := newest_readable_commit(RunFolder.of(config).checkpoints):
+        order = order.skipping(progress.state.skipped_samples)
+    total = training.total_steps * training.global_batch_samples
+    end = _number_behind(order, total)
+    bounds = [*(stage.first_sample for stage in order.mixture.stages), end]
+    stages: list[dict[str, Any]] = []
+    for stage, first, behind in zip(order.mixture.stages, bounds[:-1], bounds[1:], strict=True):
+        seen, by_its_end = _count(order, first, behind), _count(order, 0, behind)
+        before = sum(_count(order, 0, first).values())
+        stages.append(
+            {
+                "first_step": before // training.global_batch_samples + 1,
+                "num_steps": sum(seen.values()) // training.global_batch_samples,
+                "first_token": before * training.sequence_length,
+                "num_tokens": sum(seen.values()) * training.sequence_length,
+                "sequence_length": stage.sequence_length,
+                "sources": {
+                    source.name: {"share": int(count) / stage.interleaving.period}
+                    | _amount(config, seen[source.name], source.num_samples)
+                    | {"epochs_by_its_end": _epochs(by_its_end[source.name], source.num_samples)}
+                    for source, count in zip(order.sources, stage.interleaving.counts_S, strict=True)
+                },
+            }
+        )
+    seen, built = _count(order, 0, end), _measure_sources(config)
+    now = None if step is None else _count(order, 0, _number_behind(order, step * training.global_batch_samples))
+    sources = {
+        source.name: {"samples_per_epoch": source.num_samples}
+        | built[source.name]
+        | _amount(config, seen[source.name], source.num_samples)
+        | ({} if now is None else {"by_now": _amount(config, now[source.name], source.num_samples)})
+        for source in order.sources
+    }
+    return {
+        "dataset": config.data.folder(),
+        "packing": training.packing,
+        "sequence_length": training.sequence_length,
+        "global_batch_samples": training.global_batch_samples,
+        "total_steps": training.total_steps,
+        "total_tokens": total * training.sequence_length,
+        "max_epochs": config.mixture.max_epochs,
+        "step": step,
+        "stages": stages,
+        "sources": sources,
+        "too_small": [source.name for source in order.sources if not source.num_samples],
+        "problems": _list_problems(config, order),
+    }
+
+
+def _order(config: RunConfig) -> DataOrder:
+    return DataOrder(open_corpus(config).sources, config.mixture, config.training, config.run.seed)
+
+
+def _number_behind(order: DataOrder, seen: int) -> int:
+    """The number behind the last of the first `seen` samples."""
+    return int(order.numbers(seen - 1, 1)[0]) + 1 if seen else 0
+
+
+def _count(order: DataOrder, first: int, end: int) -> dict[str, int]:
+    """Samples of each source with the numbers [first, end), without those that are skipped on purpose."""
+    ranges = [(first, end, 1), *((max(first, start), min(end, stop), -1) for start, stop in order.skipped)]
+    cursors = [(order.mixture.cursors(start), order.mixture.cursors(stop), sign) for start, stop, sign in ranges if start < stop]
+    return {source.name: sum(sign * (stop[source.name] - start[source.name]) for start, stop, sign in cursors) for source in order.sources}
+
+
+def _amount(config: RunConfig, samples: int, per_epoch: int) -> dict[str, Any]:
+    return {"samples": samples, "tokens": samples * config.training.sequence_length, "epochs": _epochs(samples, per_epoch)}
+
+
+def _epochs(samples: int, per_epoch: int) -> float:
+    return samples / max(1, per_epoch)
+
+
+def _measure_sources(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Of each source the tokens that were built, and what making samples of them leaves over or adds."""
+    length, packed = config.training.sequence_length, config.training.packing == "best_fit"
+    found: dict[str, dict[str, int]] = {}
+    for shard in load_manifest(Path(config.data.folder())).shards("train"):
+        (name,) = shard.sources
+        one = found.setdefault(name, {"tokens_built": 0, "left_over_tokens": 0, "padding_tokens": 0})
+        one["tokens_built"] += shard.num_tokens
+        one["left_over_tokens"] = 0 if packed else one["tokens_built"] % length
+        one["padding_tokens"] += shard.packings[str(length)].padding_tokens if packed else 0
+    return found
+
+
+def _list_problems(config: RunConfig, order: DataOrder) -> list[str]:
+    try:
+        return _judge_repeats(config, order)
+    except UserError as error:  # here it is what was asked for
+        return [str(error)]
+
+
+# --- as tables ----------------------------------------------------------------------------------------------
+
+
+def tell_mixture(found: dict[str, Any], page: Page) -> None:
+    """What `describe_mixture` found."""
+    length = found["sequence_length"]
+    page.say(
+        f"{found['dataset']}: {found['total_steps']:,} steps of {found['global_batch_samples']:,} samples of {length:,} tokens, "
+        f"{found['total_tokens']:,} tokens; packing {found['packing']}"
+    )
+    for number, stage in enumerate(found["stages"], 1):
+        cut = f", in sequences of {stage['sequence_length']:,}" if stage["sequence_length"] < length else ""
+        now = " (now)" if _is_now(stage, found["step"]) else ""
+        page.say(
+            f"\nstage {number}{now}: {stage['num_steps']:,} steps from step {stage['first_step']:,} on, {stage['num_tokens']:,} tokens "
+            f"from token {stage['first_token']:,} on{cut}"
+        )
+        rows = [_stage_row(name, one) for name, one in stage["sources"].items() if one["share"]]
+        page.table(("source", "% of samples", "samples", "tokens", "epochs", "epochs by its end"), rows)
+        if resting := [name for name, one in stage["sources"].items() if not one["share"]]:
+            page.say(f"resting: {', '.join(resting)}")
+    page.say("\nthe run")
+    headers = ["source", "tokens built", "left over" if found["packing"] == "chop" else "padding", "samples per epoch"]
+    headers += ["samples", "tokens", "epochs"]
+    if found["step"] is not None:
+        headers += [f"samples by step {found['step']:,}", "epochs by then"]
+    page.table(headers, [_run_row(name, one, found["packing"]) for name, one in found["sources"].items()])
+    if found["too_small"]:
+        page.say(f"\nless text than one sample, never seen: {', '.join(found['too_small'])}")
+    for problem in found["problems"]:
+        page.say(f"\nWARNING: {problem}")
+
+
+def _is_now(stage: dict[str, Any], step: int | None) -> bool:
+    """Whether the step that comes next is of this stage."""
+    return step is not None and stage["first_step"] <= step + 1 < stage["first_step"] + stage["num_steps"]
+
+
+def _stage_row(name: str, one: dict[str, Any]) -> list[str]:
+    epochs = (_spell_epochs(one[key]) for key in ("epochs", "epochs_by_its_end"))
+    return [name, f"{100 * one['share']:.2f}", f"{one['samples']:,}", f"{one['tokens']:,}", *epochs]
+
+
+def _run_row(name: str, one: dict[str, Any], packing: str) -> list[str]:
+    counts = [one["tokens_built"], one["left_over_tokens" if packing == "chop" else "padding_tokens"], one["samples_per_epoch"]]
+    row = [name, *(f"{count:,}" for count in (*counts, one["samples"], one["tokens"])), _spell_epochs(one["epochs"])]
+    if "by_now" in one:
+        row += [f"{one['by_now']['samples']:,}", _spell_epochs(one["by_now"]["epochs"])]
+    return row
+
+
+def _spell_epochs(epochs: float) -> str:
+    return f"{epochs:,.2f}" if epochs >= 0.01 or not epochs else f"{epochs:.2g}"
