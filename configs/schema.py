@@ -181,6 +181,9 @@ class DataSection(Section):
     """A larger document goes to quarantine instead of into memory."""
     quarantine_limit: Fraction = Field(default=0.01, json_schema_extra=CHANGEABLE)
     """The build stops when more than this share of the documents cannot be read."""
+    train_while_building: bool = False
+    """True: training may begin while the data is being built. Each source is then seen unit by unit, in the build's order, shuffled
+    within the unit; training waits where it is faster than the build. The held-out text is that of each source's first unit."""
     verify_before_training: bool = Field(default=False, json_schema_extra=CHANGEABLE)
     """Whether `pretrain train` reads every shard and compares its SHA-256 first. Either way each block of 64 KiB is compared with its
     CRC32C when it is first read, and a flipped bit ends the run."""

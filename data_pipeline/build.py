@@ -18,6 +18,7 @@ from configs.durable import remove_folders, sha256_of_file, write_file
 from configs.errors import UserError
 from configs.schema import DataSection
 from configs.sealed import seal, unseal
+from data_pipeline.arriving import ARRIVING, UNIT, Arriving, UnitToCome, place_shard, write_arriving
 from data_pipeline.changes import check_sizes, describe_configuration, describe_plan, find_changes, write_plan
 from data_pipeline.cleaning import identify_rules
 from data_pipeline.committed import TEMPORARY_PREFIX, settle_folders
@@ -48,7 +49,7 @@ from data_pipeline.survey import RECORD, SURVEY, SurveyTask, write_survey
 from data_pipeline.survivors import Survivors
 from data_pipeline.tally import QUARANTINE
 from data_pipeline.tokenizer import end_of_text_id, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
-from data_pipeline.units import UNIT, Surveyed, UnitRecord, UnitTask, hash_duplicates, write_unit
+from data_pipeline.units import Surveyed, UnitRecord, UnitTask, hash_duplicates, write_unit
 
 TOKENIZER_ORIGIN = "tokenizer.origin.json"
 DUPLICATES = "duplicates"
@@ -115,6 +116,7 @@ def _leftovers(root: Path) -> list[Path]:
     return [
         *(path for path in (root / SURVEY, root / DUPLICATES) if path.exists()),
         *root.glob(".*.tmp"),
+        *root.glob(ARRIVING),
         *(root / UNITS).glob(f"{TEMPORARY_PREFIX}*"),
     ]
 
@@ -156,6 +158,7 @@ def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
     stages: list[StageReport] = []
     tasks, facts = _deduplicate(recipe, plan, report, run, stages) if data.deduplicate else ([UnitTask(recipe, u) for u in plan.units], {})
     settle_folders(root / UNITS, UNIT, [task.fingerprint() for task in tasks])
+    write_arriving(root, _announce(recipe, tasks))
     records = _make_units(tasks, report, run, stages)
     _check_quarantine(root, data, {index: record.documents for index, record in records.items()}, UNITS)
     if moved := _choose_moved(data, records):
@@ -320,6 +323,19 @@ def _place(identity: tuple[str, ...]) -> float:
     return place_document(identity[0])
 
 
+def _announce(recipe: Recipe, tasks: Sequence[UnitTask]) -> Arriving:
+    tokenizer = load_tokenizer(recipe.root / TOKENIZER, recipe.data.tokenizer.end_of_text)
+    size = vocabulary_size(tokenizer)
+    return Arriving(
+        format_version=FORMAT_VERSION,
+        tokenizer_sha256=recipe.tokenizer_sha256,
+        vocabulary_size=size,
+        end_of_text_id=end_of_text_id(tokenizer, recipe.data.tokenizer.end_of_text),
+        dtype=str(token_dtype(size)),
+        units=tuple(UnitToCome(source=task.unit.files[0].source, fingerprint=task.fingerprint()) for task in tasks),
+    )
+
+
 def _describe(recipe: Recipe, records: list[UnitRecord]) -> Manifest:
     root, data = recipe.root, recipe.data
     tokenizer = load_tokenizer(root / TOKENIZER, data.tokenizer.end_of_text)
@@ -351,10 +367,7 @@ def _describe(recipe: Recipe, records: list[UnitRecord]) -> Manifest:
 def _place_shards(split: Any, records: list[UnitRecord]) -> Iterator[ShardRecord]:
     """The units' shards in their order, named from the dataset's folder."""
     for number, record in enumerate(records):
-        prefix = f"{UNITS}/{number:05d}"
-        for shard in record.shards.get(split, ()):
-            files = {f"{prefix}/{name}": file for name, file in shard.files.items()}
-            yield shard.model_copy(update={"name": f"{prefix}/{shard.name}", "files": files})
+        yield from (place_shard(number, shard) for shard in record.shards.get(split, ()))
 
 
 def count_cores() -> int:

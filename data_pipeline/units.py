@@ -14,6 +14,7 @@ import numpy as np
 
 from configs.errors import UserError
 from data_pipeline.adopt import IdBytes, adopt_ids, measure_ids
+from data_pipeline.arriving import UNIT
 from data_pipeline.checksums import SUFFIX as CHECKSUMS
 from data_pipeline.checksums import write_checksums
 from data_pipeline.committed import CommittedRecord, load_folder, make_folder, process_peak_bytes, read_record, record_file, record_files
@@ -30,7 +31,6 @@ from data_pipeline.survey import RECORD as SURVEY_RECORD
 from data_pipeline.survey import SurveyRecord, SurveyTask, dump_metadata, in_batches, read_cleaned, read_surveyed
 from data_pipeline.tally import Tally, prepend_examples
 
-UNIT = "unit.json"
 BATCH_CHARACTERS = 1_000_000  # text that is encoded at once
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,11 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     from pretrain.run.supervisor import supervise
 
     _refuse_a_moved_run(run_file, config)
-    open_corpus(config)  # unfinished or unfit data is said before anything is made or started
+    corpus = open_corpus(config)  # unfinished or unfit data is said before anything is made or started
+    while not corpus.has_begun:
+        _say(f"waiting for the first unit of each source in {config.data.folder()}")
+        time.sleep(10)
+        corpus = open_corpus(config)
     if not is_committed(RunFolder.of(config).checkpoints, config.training.total_steps):
         for warning in check_repeats(config):
             _say(f"WARNING: {warning}")

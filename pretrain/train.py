@@ -49,10 +49,13 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
     order = DataOrder(corpus.sources, config.mixture, training, config.run.seed)
     start = state = resume(engine, run, order, corpus.tokenizer_sha256, layout)
     order = order.skipping(state.skipped_samples)
-    batches = Batches(corpus, order, training, layout.data_rank, layout.data_size, layout.device, start=state.samples_seen)
-    verdicts, stopping = Verdicts(layout), False
+    batches = Batches(
+        corpus, order, training, layout.data_rank, layout.data_size, layout.device, state.samples_seen, lambda: open_corpus(config)
+    )
+    verdicts = Verdicts(layout)
 
     with Journal(config, run.path, attempt, state, is_writer=layout.rank == 0) as journal, closing(batches):
+        stopping = not data_is_there(config, batches, layout, stop, journal)
         while state.step < total_steps and not stopping:
             rate = learning_rate(state.tokens_seen + training.tokens_per_step // 2, training, config.optimizer, config.schedule)
             set_learning_rate(engine.optimizer, rate)
@@ -81,9 +84,10 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
                     layout.data_rank, layout.data_size, layout.device,
                 )  # fmt: skip
                 journal.held_out(state, evaluate(engine, held_out, corpus.held_out_bytes, layout.sum_over_data_ranks))
+            stopping = stopping or is_last or not data_is_there(config, batches, layout, stop, journal)
             if save_due or stopping:
                 verdicts.read(now=True)  # nothing that is not finite is ever committed
-                identity = order.identity(state.samples_seen) | {"tokenizer": corpus.tokenizer_sha256}
+                identity = batches.order.identity(state.samples_seen) | {"tokenizer": corpus.tokenizer_sha256}
                 if problem := save(engine, run, state, identity, attempt, layout, config.checkpoint.keep):
                     if is_last or stopping:
                         raise UserError(f"{problem} Nothing partial was left; mend it and run the same command again.")
@@ -92,6 +96,24 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
         message = f"stopped and saved at step {state.step} of {total_steps}; the same command goes on from there."
         return Outcome("stopped", message, start.step, state.step)
     return Outcome("done", f"done: {state.step} steps, {state.tokens_seen:,} tokens; {run.path}", start.step, state.step)
+
+
+def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: StopRequest, journal: Journal) -> bool:
+    """Wait until every rank can read its part of the next step; False when a stop is asked for meanwhile.
+
+    Data waits for training, but for `data.train_while_building`; then this is a collective, so that no rank waits in another.
+    """
+    waited = 0
+    while config.data.train_while_building:
+        ready, asked = batches.is_ready(timeout_seconds=1.0), stop.asked
+        if layout.sum_over_data_ranks(asked):
+            return False
+        if layout.sum_over_data_ranks(ready) == layout.data_size:
+            break
+        if waited % 60 == 0:
+            journal.say(f"waiting for {config.data.folder()}: the units of the next step are not built yet; training goes on when they are")
+        waited += 1
+    return True
 
 
 def due(step: int, every: int | None) -> bool:

@@ -24,7 +24,7 @@ PACKAGES = ("configs", "data_pipeline", "pretrain", "launch")
 # What training reads of the pipeline: its files, never its stages.
 CONTRACT = (
     *("data_pipeline.shards", "data_pipeline.manifest", "data_pipeline.tokenizer"),
-    *("data_pipeline.checksums", "data_pipeline.packing"),
+    *("data_pipeline.arriving", "data_pipeline.checksums", "data_pipeline.packing"),
 )
 WINGS = ("pretrain.model", "pretrain.data", "pretrain.engine", "pretrain.checkpoint", "pretrain.run", "pretrain.watch")
 

@@ -11,7 +11,7 @@ from data_pipeline.checksums import write_checksums
 from data_pipeline.manifest import FORMAT_VERSION, Counts, DocumentCounts, FileRecord, Manifest, ShardRecord, write_manifest
 from data_pipeline.shards import DocumentSpan, ShardWriter, write_spans
 from data_pipeline.tokenizer import end_of_text_id, tokenizer_hash, train_tokenizer, vocabulary_size
-from pretrain.data.corpus import Corpus, hash_source
+from pretrain.data.corpus import Corpus, hash_segment
 from pretrain.data.order import SourceSize
 from pretrain.data.tokens import TokenFiles, TokenStream
 
@@ -97,7 +97,7 @@ def write_corpus(
     sizes, streams, first = [], [], 0
     for name, shards in records.items():
         streams.append(TokenStream(files, first, [shard.num_tokens for shard in shards]))
-        sizes.append(SourceSize(name, (len(streams[-1]) // sequence_length,), hash_source(shards)))
+        sizes.append(SourceSize(name, (len(streams[-1]) // sequence_length,), (hash_segment(shards),)))
         first += len(shards)
     held_out = TokenStream(TokenFiles(folder, (), dtype, end_of_text), 0, [])
     return Corpus(tuple(sizes), tuple(streams), held_out, 0, end_of_text, "no tokenizer")

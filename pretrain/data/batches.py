@@ -11,9 +11,10 @@ and all that follows up to the next, and its first word is learnt too.
 Shapes: B sequences, T tokens of one.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +31,7 @@ from pretrain.data.tokens import TokenStream
 
 STEPS_AHEAD = 2
 """Steps that are read while one is learnt from."""
+ARRIVAL_POLL_SECONDS = 1.0
 
 Integers = npt.NDArray[np.int32]
 
@@ -98,10 +100,17 @@ class Batches:
         data_size: int,
         device: torch.device,
         start: int = 0,
+        reopen: Callable[[], Corpus] | None = None,
     ) -> None:
-        """`start` is the number of samples seen before the first step. Raises ValueError when the batch does not divide."""
+        """`start` is the number of samples seen before the first step; `reopen` looks again at data that is still arriving.
+
+        Raises ValueError when the batch does not divide.
+        """
         training.accumulation(data_size)
-        self._corpus, self._order, self._training, self._device = corpus, order, training, device
+        self._reopen, self._closing = reopen, threading.Event()
+        self._corpus, self._training, self._device = corpus, training, device
+        self.order = order
+        """What has arrived of it may be more than when it was given."""
         self._rank, self._size = data_rank, data_size
         self._seen = start
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -111,23 +120,43 @@ class Batches:
 
     def next_step(self) -> list[MicroBatch]:
         """The micro-batches of the next step, in the order they are fed. Raises UserError for data that was changed."""
-        while len(self._ahead) <= STEPS_AHEAD:
-            self._ahead.append(self._thread.submit(self._read_step, self._seen))
-            self._seen += self._training.global_batch_samples
+        self._read_ahead()
         began = time.perf_counter()
         step = self._ahead.pop(0).result()
         self.seconds_waited += time.perf_counter() - began
         return [batch.to(self._device) for batch in step]
 
+    def is_ready(self, timeout_seconds: float) -> bool:
+        """Whether the next step is read within a time; only data that is still arriving takes long."""
+        self._read_ahead()
+        return bool(wait(self._ahead[:1], timeout_seconds).done)
+
     def close(self) -> None:
         """End the thread; what it read ahead is forgotten."""
+        self._closing.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        while len(self._ahead) <= STEPS_AHEAD:
+            self._ahead.append(self._thread.submit(self._read_step, self._seen))
+            self._seen += self._training.global_batch_samples
+
+    def _await_arrival(self, seen: int) -> None:
+        """Look again and again until the samples of a step are there: of all ranks, so that none waits for another in a collective."""
+        while self._reopen is not None and not self._corpus.is_complete:
+            if self.order.missing(seen, self._training.global_batch_samples) is None:
+                return
+            if self._closing.wait(ARRIVAL_POLL_SECONDS):
+                raise RuntimeError("closed while data was waited for")
+            self._corpus = self._reopen()
+            self.order = self.order.over(self._corpus.sources)
 
     def _read_step(self, seen: int) -> list[MicroBatch]:
         training, micro = self._training, self._training.micro_batch_samples
-        numbers = self._order.numbers(seen, training.global_batch_samples)
-        places = self._order.places(numbers)
-        sequence_length = self._order.mixture.stage_at(int(numbers[0])).sequence_length
+        self._await_arrival(seen)
+        numbers = self.order.numbers(seen, training.global_batch_samples)
+        places = self.order.places(numbers)
+        sequence_length = self.order.mixture.stage_at(int(numbers[0])).sequence_length
         mine = np.arange(numbers.size).reshape(-1, self._size, micro)[:, self._rank].ravel()
         rows = read_samples(self._corpus, Places(*(column[mine] for column in places)), training.sequence_length)
         batches: list[MicroBatch] = []

@@ -121,9 +121,10 @@ class Stage:
 class Mixture:
     """All stages of a run, one behind the other; each source goes on where the stage before left it."""
 
-    def __init__(self, section: MixtureSection, training: TrainingSection, sizes: Mapping[str, int]) -> None:
-        """sizes: samples of one epoch, by source. Raises UserError for weights that fit no source, or no slot."""
-        self.sizes = dict(sizes)
+    def __init__(self, section: MixtureSection, training: TrainingSection, sizes: Mapping[str, int | None]) -> None:
+        """sizes: samples of one epoch, by source; None where nobody can know yet. Raises UserError for weights that fit no source,
+        or no slot."""
+        self.names = list(sizes)
         self.stages: list[Stage] = []
         before_S = np.zeros(len(sizes), dtype=np.int64)
         for number, found in enumerate(section.stages):
@@ -131,7 +132,7 @@ class Mixture:
             if self.stages:
                 last = self.stages[-1]
                 before_S = last.before_S + last.interleaving.cursors(first - last.first_sample)
-            interleaving = Interleaving(_count(found, number, self.sizes))
+            interleaving = Interleaving(_count(found, number, sizes))
             self.stages.append(Stage(first, interleaving, found.sequence_length or training.sequence_length, before_S))
 
     def stage_at(self, sample: int) -> Stage:
@@ -150,11 +151,11 @@ class Mixture:
         """Samples that each source gave among the first `num_samples` of the run."""
         stage = self.stage_at(num_samples)
         cursor_S = stage.before_S + stage.interleaving.cursors(num_samples - stage.first_sample)
-        return dict(zip(self.sizes, cursor_S.tolist(), strict=True))
+        return dict(zip(self.names, cursor_S.tolist(), strict=True))
 
     def find(self, source: str, cursor: int) -> int | None:
         """The number of the sample that is the source's sample number `cursor`; None when no stage comes to it."""
-        index = list(self.sizes).index(source)
+        index = self.names.index(source)
         for stage, behind in zip(self.stages, [*self.stages[1:], None], strict=True):
             within = cursor - int(stage.before_S[index])
             if stage.interleaving.counts_S[index] and (behind is None or cursor < behind.before_S[index]):
@@ -173,15 +174,23 @@ def _join(parts: Sequence[Picks]) -> Picks:
     return Picks(*(np.concatenate(column) for column in columns))
 
 
-def _count(stage: StageSection, number: int, sizes: Mapping[str, int]) -> list[int]:
+def _count(stage: StageSection, number: int, sizes: Mapping[str, int | None]) -> list[int]:
     """Samples of each source in one period of a stage."""
     named = stage.weights or stage.epochs
+    known = {name: size for name, size in sizes.items() if size is not None}
+    if stage.weights is None and len(known) < len(sizes):
+        if len(sizes) == 1 and stage.epochs is None:
+            return [1]
+        raise UserError(
+            f"mixture.stages[{number}] goes by the sources' sizes, which nobody knows while data is still arriving "
+            f"(data.train_while_building); give weights for {', '.join(sizes)}."
+        )
     if named is None:
-        return list(sizes.values())
+        return list(known.values())
     key = f"mixture.stages[{number}].{'weights' if stage.weights else 'epochs'}"
     if unknown := sorted(set(named) - set(sizes)):
         raise UserError(f"{key} speaks of {', '.join(unknown)}; the dataset has the sources {', '.join(sizes)}.")
-    if empty := [name for name in named if not sizes[name]]:
+    if empty := [name for name in named if known.get(name) == 0]:
         raise UserError(
             f"{key}.{empty[0]} {named[empty[0]]}: this source has less text than one sample of training.sequence_length tokens; "
             "add text, lower the length, or leave the source out."
@@ -189,7 +198,7 @@ def _count(stage: StageSection, number: int, sizes: Mapping[str, int]) -> list[i
     # As decimal numbers, as they were written: neither their order nor their scale decides a rounding.
     written = {name: Fraction(str(number)) for name, number in named.items()}
     if stage.epochs:
-        counts = {name: round(often * sizes[name]) for name, often in written.items()}
+        counts = {name: round(often * known[name]) for name, often in written.items()}
         wanted = "is less than half a sample of it; raise it, or leave the source out."
     else:
         total = sum(written.values())

@@ -39,14 +39,24 @@ class SourceSize:
 
     name: str
     segments: tuple[int, ...]
-    """Samples of each part that is shuffled on its own: one part, or one for each unit of data that is still arriving."""
-    identity: str
-    """SHA-256 over what its samples consist of."""
+    """Samples of each part that is shuffled on its own: one part, or one for each unit of a build that training does not wait for."""
+    identities: tuple[str, ...]
+    """SHA-256 over what the samples of each segment consist of."""
+    arrives: bool = False
+    """Whether the run began before the build had ended: what comes behind the last segment must decide nothing."""
+    is_complete: bool = True
+    """Whether all segments are there."""
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch."""
+        """Samples of one epoch; while the source is not complete, those that are there."""
         return sum(self.segments)
+
+    def identity(self, cursor: int) -> str:
+        """SHA-256 over what decided its first `cursor` samples."""
+        starts = accumulate(self.segments, initial=0)
+        passed = [[size, one] for start, size, one in zip(starts, self.segments, self.identities, strict=False) if start < cursor]
+        return hashlib.sha256(json.dumps([self.arrives, passed]).encode()).hexdigest()
 
 
 class DataOrder:
@@ -57,7 +67,7 @@ class DataOrder:
     ) -> None:
         """Raises UserError for a mixture that does not fit the sources."""
         self.sources = tuple(sources)
-        self.mixture = Mixture(mixture, training, {source.name: source.num_samples for source in sources})
+        self.mixture = Mixture(mixture, training, {one.name: None if one.arrives else one.num_samples for one in sources})
         self.skipped = skipped
         self._seed, self._training, self._section = seed, training, mixture
         # A source is in one epoch at a time, at its end in two: with less kept, each step would draw those of small sources anew.
@@ -66,6 +76,16 @@ class DataOrder:
     def skipping(self, skipped: Skipped) -> "DataOrder":
         """The same order with other ranges left out."""
         return DataOrder(self.sources, self._section, self._training, self._seed, skipped)
+
+    def over(self, sources: Sequence[SourceSize]) -> "DataOrder":
+        """The same order when more of its sources has arrived."""
+        return DataOrder(sources, self._section, self._training, self._seed, self.skipped)
+
+    def missing(self, seen: int, num_samples: int) -> str | None:
+        """The source of which something among the next samples has not arrived yet; None: all of them are there."""
+        cursors = self.mixture.cursors(int(self.numbers(seen, num_samples)[-1]) + 1)
+        behind = (one.name for one in self.sources if not one.is_complete and cursors[one.name] > one.num_samples)
+        return next(behind, None)
 
     def numbers(self, seen: int, num_samples: int) -> Numbers:
         """The numbers of the next samples when `seen` have been seen: consecutive, but for those skipped on purpose."""
@@ -119,14 +139,14 @@ class DataOrder:
         training = self._training
         facts = [self._seed, training.sequence_length, training.global_batch_samples, training.packing, self.skipped]
         facts += [stage.facts(names) for stage in passed]
-        used = {name for stage in passed for name, count in zip(names, stage.interleaving.counts_S, strict=True) if count}
+        cursors = self.mixture.cursors(next_number)
         return {
             "mixture": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
-            **{f"source {source.name}": source.identity for source in self.sources if source.name in used},
+            **{f"source {one.name}": one.identity(cursors[one.name]) for one in self.sources if cursors[one.name]},
         }
 
     def _shuffle(self, source: SourceSize, cursor_n: Numbers) -> tuple[Numbers, Numbers]:
-        epoch_n, position_n = np.divmod(cursor_n, source.num_samples)
+        epoch_n, position_n = np.divmod(cursor_n, source.num_samples) if source.is_complete else (np.zeros_like(cursor_n), cursor_n)
         starts = np.array([0, *accumulate(source.segments)])
         segment_n = np.searchsorted(starts, position_n, side="right") - 1
         sample_n = np.empty_like(position_n)

@@ -11,7 +11,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from data_pipeline.manifest import Manifest, load_manifest, write_manifest
 from data_pipeline.tokenizer import tokenizer_hash
-from pretrain.data.corpus import hash_source, open_corpus
+from pretrain.data.corpus import hash_segment, open_corpus
 from tests.tiny import tiny_texts, write_shard, write_tiny_dataset
 
 
@@ -52,7 +52,7 @@ def test_opens_both_splits_and_names_what_they_are(dataset: Path) -> None:
     (train,), (source,) = corpus.streams, corpus.sources
     assert (source.name, source.segments, source.num_samples) == ("sums", (len(train) // 64,), len(train) // 64)
     hashes = [sha256_of_file(dataset / f"units/{unit}/train.bin") for unit in ("00000", "00001")]
-    assert source.identity == sha256("".join(hashes).encode()).hexdigest() == hash_source(manifest.shards("train"))
+    assert source.identities[0] == sha256("".join(hashes).encode()).hexdigest() == hash_segment(manifest.shards("train"))
     for stream, split, num_documents in ((train, "train", 40), (corpus.held_out, "held_out", 20)):
         assert len(stream) == manifest.total(split).num_tokens  # type: ignore[arg-type]
         tokens = stream.read(0, len(stream))
@@ -67,7 +67,7 @@ def test_every_source_is_a_stream_of_its_own_in_the_order_of_the_shards(tmp_path
     shards = manifest.shards("train")
     places = {"w": [0, 3, 5], "e": [1], "b": [2], "d": [4]}
     assert [(source.name, source.num_samples) for source in corpus.sources] == [("w", 3), ("e", 0), ("b", 1), ("d", 0)]
-    assert [source.identity for source in corpus.sources] == [hash_source([shards[place] for place in at]) for at in places.values()]
+    assert [source.identities[0] for source in corpus.sources] == [hash_segment([shards[place] for place in at]) for at in places.values()]
     for stream, at in zip(corpus.streams, places.values(), strict=True):
         expected = np.concatenate([tokens[place] for place in at])
         assert stream.read(0, len(stream)).tolist() == [corpus.end_of_text, *expected]
@@ -78,10 +78,10 @@ def test_the_hash_of_a_source_is_of_its_tokens_in_their_order(tmp_path: Path) ->
     first, second = np.arange(50), np.arange(50) + 1
 
     def shard(name: str, *documents: np.ndarray) -> str:
-        return hash_source([write_shard(tmp_path, name, "web", documents)])
+        return hash_segment([write_shard(tmp_path, name, "web", documents)])
 
     def shards(*parts: np.ndarray) -> str:
-        return hash_source([write_shard(tmp_path, f"s{number}", "web", [part]) for number, part in enumerate(parts)])
+        return hash_segment([write_shard(tmp_path, f"s{number}", "web", [part]) for number, part in enumerate(parts)])
 
     assert shard("one", first) == shard("two/other", first) == shard("three", first[:20], first[20:]) != shard("four", second)
     assert shards(first, second) != shards(second, first)

@@ -12,10 +12,10 @@ from configs.schema import MixtureSection, StageSection, TrainingSection
 from pretrain.data.order import DataOrder, Places, Skipped, SourceSize
 
 SOURCES = (
-    SourceSize("web", (50,), "w" * 64),
-    SourceSize("code", (20,), "c" * 64),
-    SourceSize("books", (3, 0, 4, 0), "b" * 64),  # as of data that arrived in parts
-    SourceSize("math", (11,), "m" * 64),
+    SourceSize("web", (50,), ("w" * 64,)),
+    SourceSize("code", (20,), ("c" * 64,)),
+    SourceSize("books", (3, 0, 4, 0), ("b" * 64,) * 4),  # as of data that arrived in parts
+    SourceSize("math", (11,), ("m" * 64,)),
 )
 STEP = 32  # tokens of one: 4 samples of 8
 STAGES: tuple[dict[str, Any], ...] = (
@@ -70,7 +70,7 @@ def test_every_sample_of_every_source_comes_once_per_epoch_over_all_stages(seed:
 
 
 def test_parts_that_are_shuffled_on_their_own_come_one_after_the_other(seed: int) -> None:
-    source = SourceSize("web", (300, 0, 1, 500, 0), "w")
+    source = SourceSize("web", (300, 0, 1, 500, 0), ("w",) * 5)
     order = order_of([{}], [source], seed)
     samples = [sample for *_, sample in everything(order, 3 * 801)]
     for epoch in range(3):
@@ -83,7 +83,7 @@ def test_parts_that_are_shuffled_on_their_own_come_one_after_the_other(seed: int
 @pytest.mark.parametrize("size", [1, 3, 50, 70_000])
 def test_pure_from_any_start_in_any_portions(seed: int, size: int) -> None:
     chosen = random.Random(seed)
-    sources = [SourceSize("a", (size,), ""), SourceSize("b", (2 * size + 1,), "")]
+    sources = [SourceSize("a", (size,), ("",)), SourceSize("b", (2 * size + 1,), ("",))]
     stages = [{}, {"from_tokens": 50 * STEP, "weights": {"a": 1.0, "b": 3.0}}]
     whole = np.stack(order_of(stages, sources, seed).places(np.arange(2000)))
     order = order_of(stages, sources, seed)
@@ -100,7 +100,7 @@ def test_pure_from_any_start_in_any_portions(seed: int, size: int) -> None:
 def test_sources_of_a_million_million_samples(seed: int) -> None:
     """Cursors, places and the way back at the largest sizes there are, in the middle and across the end of an epoch."""
     sizes = {"a": 10**12, "b": 10**12 // 3, "c": 5}
-    sources = [SourceSize(name, (size,), "") for name, size in sizes.items()]
+    sources = [SourceSize(name, (size,), ("",)) for name, size in sizes.items()]
     order = order_of([{}], sources, seed)
     for first in (0, 10**12 + seed, sum(sizes.values()) - 500):
         names = everything(order, 0) + rows_of(order, order.places(np.arange(first, first + 1000)))
@@ -140,13 +140,13 @@ def test_epochs_count_what_was_seen(seed: int) -> None:
 
 
 def test_a_source_without_a_whole_sample_rests() -> None:
-    order = order_of([{}], [*SOURCES[:2], SourceSize("tiny", (0,), "t")])
+    order = order_of([{}], [*SOURCES[:2], SourceSize("tiny", (0,), ("t",))])
     assert order.epochs(140) == {"web": 2.0, "code": 2.0, "tiny": 0.0}
     assert {name for name, *_ in everything(order, 140)} == {"web", "code"}
 
 
 def test_another_seed_another_epoch_and_another_source_are_shuffled_otherwise() -> None:
-    sources = [SourceSize("a", (1000,), ""), SourceSize("b", (1000,), "")]
+    sources = [SourceSize("a", (1000,), ("",)), SourceSize("b", (1000,), ("",))]
     one, other = (np.array([row[2] for row in everything(order_of([{}], sources, seed), 4000)]) for seed in (1, 2))
     orders = [one[:2000:2], one[1:2000:2], one[2000::2], one[2001::2], other[:2000:2]]
     for number, left in enumerate(orders):
@@ -248,7 +248,8 @@ def test_what_has_been_passed_may_not_be_edited(name: str) -> None:
     identity, edited = order_of().identity(SEEN), order_of(PASSED[name]).identity(SEEN)
     assert identity["mixture"] != edited["mixture"]
     sources = {key: value for key, value in identity.items() if key != "mixture"}
-    assert sources == {f"source {source.name}": source.identity for source in SOURCES}
+    cursors = order_of().mixture.cursors(SEEN)
+    assert sources == {f"source {source.name}": source.identity(cursors[source.name]) for source in SOURCES if cursors[source.name]}
 
 
 @pytest.mark.parametrize(
@@ -288,16 +289,28 @@ def test_what_was_skipped_has_been_passed_too() -> None:
 
 @pytest.mark.parametrize("name", ["web", "code", "books", "math"])
 def test_the_content_of_a_source_counts_once_it_is_used(name: str) -> None:
-    changed = [replace(source, identity="x" * 64) if source.name == name else source for source in SOURCES]
-    first_use = {"web": 1, "code": 1, "books": 257, "math": 401}[name]
-    for seen in (0, 1, 256, 257, 400, 401, 10**6):
+    changed = [replace(one, identities=("x",) * len(one.segments)) if one.name == name else one for one in SOURCES]
+    for seen in (0, 1, 2, 3, 256, 257, 300, 400, 401, 450, 10**6):
         before, after = order_of().identity(seen), order_of(sources=changed).identity(seen)
         differing = {key for key in before | after if before.get(key) != after.get(key)}
-        assert differing == ({f"source {name}"} if seen >= first_use else set())
+        assert differing == ({f"source {name}"} if order_of().mixture.cursors(seen)[name] else set())
+
+
+def test_of_a_source_in_parts_only_those_that_were_begun_count() -> None:
+    source = SourceSize("web", (3, 0, 4, 5), ("a", "b", "c", "d"), arrives=True)
+    for cursor, begun in ((0, 0), (1, 1), (3, 1), (4, 3), (7, 3), (8, 4), (100, 4)):
+        for number in range(4):
+            for changes in (
+                {"identities": tuple("x" if place == number else one for place, one in enumerate(source.identities))},
+                {"segments": tuple(9 if place == number else one for place, one in enumerate(source.segments))},
+            ):
+                counts = number < begun or ("segments" in changes and number < begun)
+                assert (replace(source, **changes).identity(cursor) != source.identity(cursor)) == counts, (cursor, number, changes)
+    assert replace(source, arrives=False).identity(5) != source.identity(5)
 
 
 def test_sources_that_are_not_used_may_come_go_and_change_place() -> None:
-    more = SourceSize("aaa", (999,), "a")
+    more = SourceSize("aaa", (999,), ("a",))
     for sources in ((more, *SOURCES), (*SOURCES, more), (SOURCES[0], more, *SOURCES[1:])):
         assert order_of(sources=sources).identity(10**6) == order_of().identity(10**6)
         assert everything(order_of(sources=sources), 1000) == everything(order_of(), 1000)
@@ -316,7 +329,11 @@ def test_equal_identities_mean_equal_samples_and_cursors(seed: int) -> None:
         return stage | ({chosen.choice(["weights", "epochs"]): share} if share else {})
 
     def draw() -> dict[str, Any]:
-        sources = [SourceSize("a", (6,), chosen.choice("xxy")), SourceSize("b", (6,), "x"), SourceSize("c", (chosen.choice([0, 6]),), "x")]
+        sources = [
+            SourceSize("a", (6,), (chosen.choice("xxy"),)),
+            SourceSize("b", (6,), ("x",)),
+            SourceSize("c", (chosen.choice([0, 6]),), ("x",)),
+        ]
         return {
             "first": draw_stage(0),
             "others": [draw_stage(begin) for begin in sorted(chosen.sample([1, 2, 3], chosen.randint(0, 2)))],
@@ -327,7 +344,7 @@ def test_equal_identities_mean_equal_samples_and_cursors(seed: int) -> None:
 
     def build(drawn: dict[str, Any]) -> DataOrder:
         named = {name for stage in (drawn["first"], *drawn["others"]) for name in stage.get("weights", stage.get("epochs", ()))}
-        sources = [*drawn["sources"], *(SourceSize(name, (6,), "x") for name in sorted(named - {one.name for one in drawn["sources"]}))]
+        sources = [*drawn["sources"], *(SourceSize(name, (6,), ("x",)) for name in sorted(named - {one.name for one in drawn["sources"]}))]
         return order_of([drawn["first"], *drawn["others"]], sources, drawn["seed"], drawn["skipped"])
 
     num_equal = num_different = 0
