@@ -41,8 +41,9 @@ faults: $(INSTALLED) ## builds killed, cut, filled up and flipped in every way (
 cluster-tests: $(INSTALLED) ## a Ray cluster over two hosts that this machine plays (root and network namespaces; 2 minutes)
 	@$(VENV)/bin/python -m pytest -m cluster tests/faults $(TEST_ARGS)
 
-bench: $(INSTALLED) ## the data pipeline's speed and memory beside its peers (20 minutes; BENCH_ARGS=--quick: 2)
+bench: $(INSTALLED) ## speed and memory of the data pipeline and of reading for training, beside their peers (25 minutes; BENCH_ARGS=--quick: 3)
 	@$(VENV)/bin/python benchmarks/data.py $(BENCH_ARGS)
+	@$(VENV)/bin/python benchmarks/loader.py $(BENCH_ARGS)
 
 install: $(INSTALLED) ## makes .venv, once for each change of pyproject.toml or constraints.txt
 
