@@ -5,6 +5,7 @@ manifest takes its place; and the shards of units that have been committed.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,11 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from configs.durable import write_file
 from configs.errors import UserError
 from configs.sealed import seal, sealed_text, unseal
-from data_pipeline.manifest import FORMAT_VERSION, UNITS, Record, ShardRecord, Split
+from data_pipeline.manifest import FORMAT_VERSION, UNITS, VERSION_OF, Record, ShardRecord, Split
 
 ARRIVING = "arriving.json"
 UNIT = "unit.json"
 Shards = dict[Split, tuple[ShardRecord, ...]]
+SHARDS = TypeAdapter(Shards)
 
 
 class UnitToCome(Record):
@@ -45,26 +47,39 @@ def write_arriving(root: Path, arriving: Arriving) -> None:
 
 def load_arriving(root: Path) -> Arriving | None:
     """What is to come; None where no build has come so far. Raises UserError for one of another version, or a damaged file."""
+    path = root / ARRIVING
     try:
-        arriving = Arriving.model_validate_json(sealed_text((root / ARRIVING).read_bytes()), strict=True)
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    version = VERSION_OF.match(content)
+    if version is not None and int(version[1]) != FORMAT_VERSION:  # before anything else of it is believed
+        raise UserError(
+            f"{path}: format version {int(version[1])}, this program reads {FORMAT_VERSION}; train with the version that builds it, or "
+            "build the dataset with this one into another data.root."
+        )
+    try:
+        return Arriving.model_validate_json(sealed_text(content), strict=True)
     except (ValueError, ValidationError) as error:
-        raise UserError(f"{root / ARRIVING}: cannot be read ({error}); start `pretrain data build RUN.yaml` again.") from None
-    if arriving.format_version != FORMAT_VERSION:
-        raise UserError(f"{root / ARRIVING}: format version {arriving.format_version}, this program reads {FORMAT_VERSION}.")
-    return arriving
+        raise UserError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); start `pretrain data build RUN.yaml` again, which writes it anew."
+        ) from None
 
 
 def load_arrived(root: Path, arriving: Arriving, number: int) -> Shards | None:
     """The shards of unit `number`, named from the dataset's folder; None while it is not there."""
     try:
-        found = unseal((root / UNITS / f"{number:05d}" / UNIT).read_bytes())
+        return _read_unit(root, number, arriving.units[number].fingerprint)
     except (OSError, ValueError):
         return None
-    if found["fingerprint"] != arriving.units[number].fingerprint:
-        return None
-    shards = TypeAdapter(Shards).validate_json(json.dumps(found["shards"]), strict=True)
+
+
+@cache  # what has arrived once is looked for again and again, and of one fingerprint there is one content
+def _read_unit(root: Path, number: int, fingerprint: str) -> Shards:
+    found = unseal((root / UNITS / f"{number:05d}" / UNIT).read_bytes())
+    if found["fingerprint"] != fingerprint:
+        raise ValueError("made of something else")
+    shards = SHARDS.validate_json(json.dumps(found["shards"]), strict=True)
     return {split: tuple(place_shard(number, shard) for shard in one) for split, one in shards.items()}
 
 

@@ -163,6 +163,7 @@ def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
     _check_quarantine(root, data, {index: record.documents for index, record in records.items()}, UNITS)
     if moved := _choose_moved(data, records):
         tasks = [replace(task, moved=moved.get(task.unit.index, ())) for task in tasks]
+        write_arriving(root, _announce(recipe, tasks))  # or who trains beside this build would wait for what never comes
         records |= _make_units([task for task in tasks if task.moved], report, run, stages)
     report(Progress("manifest", 0, 1, "writing the manifest"))
     manifest = _describe(recipe, [records[task.unit.index] for task in tasks])

@@ -32,7 +32,7 @@ class Failed:
 
 
 class Run(Protocol):
-    """Does tasks; gives each with its result. Closed early, it starts no more and cancels what runs."""
+    """Does tasks; gives each with its result. Closed early, it starts no more, and what runs ends with the place."""
 
     def __call__(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Generator[tuple[Task, Result | Failed], None, None]:
         """Raises UserError as `function` does: it speaks of the whole build. Any other exception becomes a `Failed`."""
@@ -85,18 +85,16 @@ def _run(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
     waiting = list(reversed(tasks))
     running: dict[Any, Task] = {}
-    try:
-        while waiting or running:
-            # Half as many again as can run: a worker never waits for the next, and an error leaves little behind.
-            while waiting and len(running) < workers + (workers + 1) // 2:
-                task = waiting.pop()
-                running[remote.remote(task)] = task
-            done, _ = ray.wait(list(running), num_returns=1)
-            task = running.pop(done[0])
-            yield task, _result(done[0])
-    finally:
-        for reference in running:
-            ray.cancel(reference)  # not by force: Ray 2.60 sometimes aborts the whole driver when such a task ends just then
+    # Left early, it cancels nothing: Ray 2.60 aborts the whole driver when a task ends in that moment (ray-project/ray#54798 and
+    # before it). A Ray that was started here ends with its tasks; elsewhere they find that the folder is no longer theirs.
+    while waiting or running:
+        # Half as many again as can run: a worker never waits for the next, and an error leaves little behind.
+        while waiting and len(running) < workers + (workers + 1) // 2:
+            task = waiting.pop()
+            running[remote.remote(task)] = task
+        done, _ = ray.wait(list(running), num_returns=1)
+        task = running.pop(done[0])
+        yield task, _result(done[0])
 
 
 def _result(reference: Any) -> Any:

@@ -110,9 +110,10 @@ def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: Sto
             return False
         if layout.sum_over_data_ranks(ready) == layout.data_size:
             break
-        if waited % 60 == 0:
-            journal.say(f"waiting for {config.data.folder()}: the units of the next step are not built yet; training goes on when they are")
-        waited += 1
+        if source := batches.awaited_source:
+            if waited % 60 == 0:
+                journal.say(f"waiting for the next units of {source} in {config.data.folder()}; training goes on when they are built")
+            waited += 1
     return True
 
 

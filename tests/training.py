@@ -39,8 +39,6 @@ TINY = {
     "checkpoint.every_steps": "null",
     "evaluate.every_steps": "4",
     "watch": "{log_every_steps: 1, wandb: disabled}",
-    # DeepSpeed's default buckets of 500 M elements would take gigabytes for a model of 30 k parameters.
-    "deepspeed": "{zero_optimization: {reduce_bucket_size: 100_000, allgather_bucket_size: 100_000}}",
 }
 """A run of 10 steps, every step logged, saved only at the end or when it stops."""
 

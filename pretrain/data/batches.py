@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from configs.errors import UserError
 from configs.schema import TrainingSection
 from pretrain.data.corpus import Corpus
 from pretrain.data.order import DataOrder, Places
@@ -115,8 +116,10 @@ class Batches:
         self._seen = start
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: list[Future[list[MicroBatch]]] = []
+        self.awaited_source: str | None = None
+        """Of which samples of the step that is being read have not arrived yet."""
         self.seconds_waited = 0.0
-        """Time that `next_step` spent waiting for tokens."""
+        """Time that `is_ready` and `next_step` spent waiting for tokens."""
 
     def next_step(self) -> list[MicroBatch]:
         """The micro-batches of the next step, in the order they are fed. Raises UserError for data that was changed."""
@@ -129,7 +132,10 @@ class Batches:
     def is_ready(self, timeout_seconds: float) -> bool:
         """Whether the next step is read within a time; only data that is still arriving takes long."""
         self._read_ahead()
-        return bool(wait(self._ahead[:1], timeout_seconds).done)
+        began = time.perf_counter()
+        is_read = bool(wait(self._ahead[:1], timeout_seconds).done)
+        self.seconds_waited += time.perf_counter() - began
+        return is_read
 
     def close(self) -> None:
         """End the thread; what it read ahead is forgotten."""
@@ -143,13 +149,19 @@ class Batches:
 
     def _await_arrival(self, seen: int) -> None:
         """Look again and again until the samples of a step are there: of all ranks, so that none waits for another in a collective."""
-        while self._reopen is not None and not self._corpus.is_complete:
-            if self.order.missing(seen, self._training.global_batch_samples) is None:
-                return
+        end = seen + self._training.global_batch_samples
+        while self._reopen is not None and not self._corpus.is_complete and (missing := self.order.missing(end)):
+            self.awaited_source = missing
             if self._closing.wait(ARRIVAL_POLL_SECONDS):
                 raise RuntimeError("closed while data was waited for")
-            self._corpus = self._reopen()
-            self.order = self.order.over(self._corpus.sources)
+            corpus = self._reopen()
+            order = self.order.over(corpus.sources)
+            if self.order.missing(seen) is None:
+                if order.missing(seen) is not None:
+                    continue  # a build that starts again puts its units in order
+                _refuse_changes(self.order.identity(seen), order.identity(seen))
+            self._corpus, self.order = corpus, order
+        self.awaited_source = None
 
     def _read_step(self, seen: int) -> list[MicroBatch]:
         training, micro = self._training, self._training.micro_batch_samples
@@ -164,6 +176,15 @@ class Batches:
             inputs_BT, labels_BT, is_start_BT = (column[first : first + micro].reshape(-1, sequence_length) for column in rows)
             batches.append(make_batch(inputs_BT, labels_BT, is_start_BT, training))
         return [batch.map(torch.Tensor.pin_memory) for batch in batches] if self._device.type == "cuda" else batches
+
+
+def _refuse_changes(before: dict[str, str], now: dict[str, str]) -> None:
+    """While it is waited for data, the identity of what was seen stays what it was."""
+    if changed := sorted(key for key in before | now if before.get(key) != now.get(key)):
+        raise UserError(
+            f"what this run has learnt from was built anew with other content while it waited for more: {', '.join(changed)} differ. Put "
+            "the data back as it was, or start another run with run.name=NAME."
+        )
 
 
 def held_out_batches(

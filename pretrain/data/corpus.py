@@ -87,7 +87,7 @@ def open_corpus(config: RunConfig) -> Corpus:
         segments = _count_samples(source.segments, length, packed=bool(packs))
         sizes.append(SourceSize(name, segments, identities, config.data.train_while_building, source.is_complete))
         first += len(source.shards)
-    if arriving is None and not sum(size.num_samples for size in sizes):
+    if all(size.is_complete for size in sizes) and not sum(size.num_samples for size in sizes):
         raise UserError(
             f"{folder} has {sum(map(len, streams))} tokens to learn from in {len(sizes)} sources and one sample needs {length} of one; "
             "add text, or lower training.sequence_length."

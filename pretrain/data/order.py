@@ -52,6 +52,11 @@ class SourceSize:
         """Samples of one epoch; while the source is not complete, those that are there."""
         return sum(self.segments)
 
+    @property
+    def announced_samples(self) -> int | None:
+        """Samples of one epoch as far as a mixture may know: of what arrives only whether there turned out to be none."""
+        return None if self.arrives and not (self.is_complete and self.num_samples == 0) else self.num_samples
+
     def identity(self, cursor: int) -> str:
         """SHA-256 over what decided its first `cursor` samples."""
         starts = accumulate(self.segments, initial=0)
@@ -67,7 +72,7 @@ class DataOrder:
     ) -> None:
         """Raises UserError for a mixture that does not fit the sources."""
         self.sources = tuple(sources)
-        self.mixture = Mixture(mixture, training, {one.name: None if one.arrives else one.num_samples for one in sources})
+        self.mixture = Mixture(mixture, training, {one.name: one.announced_samples for one in sources})
         self.skipped = skipped
         self._seed, self._training, self._section = seed, training, mixture
         # A source is in one epoch at a time, at its end in two: with less kept, each step would draw those of small sources anew.
@@ -81,9 +86,9 @@ class DataOrder:
         """The same order when more of its sources has arrived."""
         return DataOrder(sources, self._section, self._training, self._seed, self.skipped)
 
-    def missing(self, seen: int, num_samples: int) -> str | None:
-        """The source of which something among the next samples has not arrived yet; None: all of them are there."""
-        cursors = self.mixture.cursors(int(self.numbers(seen, num_samples)[-1]) + 1)
+    def missing(self, seen: int) -> str | None:
+        """The source of which something among the first `seen` samples has not arrived yet; None: all of them are there."""
+        cursors = self.mixture.cursors(int(self.numbers(seen - 1, 1)[0]) + 1)
         behind = (one.name for one in self.sources if not one.is_complete and cursors[one.name] > one.num_samples)
         return next(behind, None)
 
@@ -127,9 +132,9 @@ class DataOrder:
         return self.mixture.find(source, epoch * found.num_samples + starts[segment] + position)
 
     def epochs(self, num_samples: int) -> dict[str, float]:
-        """How often each source is seen in the first `num_samples` of the run."""
+        """How often each source is seen in the first `num_samples` of the run; 0 for one that is arriving, which nobody can know."""
         cursors = self.mixture.cursors(num_samples)
-        return {source.name: cursors[source.name] / max(1, source.num_samples) for source in self.sources}
+        return {one.name: cursors[one.name] / max(1, one.num_samples) if one.is_complete else 0.0 for one in self.sources}
 
     def identity(self, seen: int) -> dict[str, str]:
         """SHA-256 of everything that decided the first `seen` samples, by what it is: a run goes on only where all are equal."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from configs.durable import sha256_of_file
 from configs.errors import UserError
 from data_pipeline.manifest import ShardRecord
 from data_pipeline.packing import Packs, packs_name, read_packs
@@ -37,6 +38,7 @@ class PackedSource:
                 "data.packed_lengths and build the data again, or set training.packing to chop."
             )
         self._paths = [Path(packs_name(folder / shard.name, length)) for shard in shards]
+        self._sums = [shard.files[packs_name(shard.name, length)].sha256 for shard in shards]
         self._first = first_file
         self._starts = np.cumsum([0, *(shard.packings[str(length)].num_packs for shard in shards)])
         self._packs: dict[int, Packs] = {}
@@ -48,8 +50,15 @@ class PackedSource:
         """What a sample is made of. Raises UserError for an index that is missing or damaged."""
         index = int(np.searchsorted(self._starts, sample, side="right")) - 1
         if index not in self._packs:
-            self._packs[index] = read_packs(self._paths[index])
+            self._packs[index] = self._open(index)
         packs, number = self._packs[index], sample - int(self._starts[index])
         pieces = slice(int(packs.pack_starts[number]), int(packs.pack_starts[number + 1]))
         spans = zip(packs.first_token[pieces].tolist(), packs.num_tokens[pieces].tolist(), strict=True)
         return [Piece(self._first + index, first, num) for first, num in spans]
+
+    def _open(self, index: int) -> Packs:
+        path = self._paths[index]
+        packs = read_packs(path)
+        if sha256_of_file(path) != self._sums[index]:
+            raise UserError(f"{path}: its SHA-256 differs from the manifest's; see `pretrain data verify`.")
+        return packs

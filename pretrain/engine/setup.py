@@ -28,13 +28,20 @@ from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.parallel import Layout
 
 
-def deepspeed_config(config: RunConfig, num_data_ranks: int) -> dict[str, Any]:
+LARGEST_BUCKET = 500_000_000
+"""Elements; DeepSpeed's own default."""
+
+
+def deepspeed_config(config: RunConfig, num_data_ranks: int, num_parameters: int) -> dict[str, Any]:
     """The configuration DeepSpeed is given. Raises ValueError when the batch does not divide over the ranks."""
     settings = copy.deepcopy(config.deepspeed)
     zero = settings["zero_optimization"] = settings.get("zero_optimization") or {}  # null: a heading with nothing below
     zero["stage"] = config.parallel.zero_stage
     if config.run.deterministic:
         zero["overlap_comm"] = False
+    # It allocates its buckets whole: gigabytes, cleared at each step, for a model of a few thousand parameters.
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        zero.setdefault(bucket, min(LARGEST_BUCKET, num_parameters))
     settings |= {
         "train_batch_size": config.training.global_batch_samples,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_samples,
@@ -60,6 +67,6 @@ def initialize_engine(config: RunConfig, layout: Layout, model: torch.nn.Module)
         engine, *_ = deepspeed.initialize(
             model=model.to(layout.device),
             optimizer=build_optimizer(model, config.optimizer),
-            config=deepspeed_config(config, layout.data_size),
+            config=deepspeed_config(config, layout.data_size, sum(parameter.numel() for parameter in model.parameters())),
         )
     return engine

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from configs.schema import DataSection, RuleSection, SourceSection, TokenizerSection
+from data_pipeline.arriving import ARRIVING
 from data_pipeline.build import BuildResult, build_dataset
 from data_pipeline.execution import open_here
 from data_pipeline.stages import Progress
@@ -103,10 +104,11 @@ def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hashes() -> Callable[[Path], dict[str, str]]:
-    """SHA-256 of every file of a dataset but those of the lock, and the report, which has times in it."""
+    """SHA-256 of every file of a dataset but those of the lock, what is there only during a build, and the report: it has times."""
+    others = (".lock", ".owner.json", "report.json", ARRIVING)
 
     def of(folder: Path) -> dict[str, str]:
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".owner.json", "report.json"))
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in others)
         return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     return of

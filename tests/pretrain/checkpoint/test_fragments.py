@@ -17,7 +17,7 @@ STAGES = {
     "fp32-1": {"parallel__zero_stage": "1", "precision": "fp32"},
     "bf16-3-small": {
         "parallel__zero_stage": "3",
-        "deepspeed": "{zero_optimization: {reduce_bucket_size: 100_000, sub_group_size: 1500, stage3_param_persistence_threshold: 0}}",
+        "deepspeed": "{zero_optimization: {sub_group_size: 1500, stage3_param_persistence_threshold: 0}}",
     },
 }
 

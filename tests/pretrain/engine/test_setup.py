@@ -13,6 +13,9 @@ from configs.loader import load_config
 from configs.schema import RunConfig
 from pretrain.engine.setup import deepspeed_config
 
+NUM_PARAMETERS = 12_345
+BUCKETS = {"reduce_bucket_size": NUM_PARAMETERS, "allgather_bucket_size": NUM_PARAMETERS}
+
 
 def config(**sections: Any) -> RunConfig:
     training = {"global_batch_samples": 24, "micro_batch_samples": 2, "sequence_length": 64}
@@ -31,22 +34,27 @@ def test_the_whole_of_it(stage: int, precision: str, deterministic: bool) -> Non
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage} | ({"overlap_comm": False} if deterministic else {}),
+        "zero_optimization": {"stage": stage, **BUCKETS} | ({"overlap_comm": False} if deterministic else {}),
     }
     if precision == "bf16":
         expected |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    assert deepspeed_config(run, 3) == expected
+    assert deepspeed_config(run, 3, NUM_PARAMETERS) == expected
 
 
 def test_the_users_keys_pass_word_for_word() -> None:
     section = {
-        "zero_optimization": {"reduce_bucket_size": 5e8, "contiguous_gradients": False, "offload_optimizer": {"device": "cpu"}},
+        "zero_optimization": {
+            "reduce_bucket_size": 5e8,
+            "allgather_bucket_size": 7,
+            "contiguous_gradients": False,
+            "offload_optimizer": {"device": "cpu"},
+        },
         "flops_profiler": {"enabled": True, "profile_step": 3},
         "zero_allow_untested_optimizer": False,
         "a key nobody knows": [1, "two", None, {"three": 3.5}],
     }
     run = config(deepspeed=copy.deepcopy(section))
-    found = deepspeed_config(run, 1)
+    found = deepspeed_config(run, 1, NUM_PARAMETERS)
     assert found["zero_optimization"].pop("stage") == 1
     assert {key: found[key] for key in section} == section
     assert run.deepspeed == section, "the run's own section was changed"
@@ -56,23 +64,33 @@ def test_the_users_keys_pass_word_for_word() -> None:
 
 def test_an_empty_section_is_a_section() -> None:
     """`zero_optimization:` with nothing behind it is null in YAML."""
-    assert deepspeed_config(config(deepspeed={"zero_optimization": None}), 1)["zero_optimization"] == {"stage": 1}
+    assert deepspeed_config(config(deepspeed={"zero_optimization": None}), 1, NUM_PARAMETERS)["zero_optimization"] == {
+        "stage": 1,
+        **BUCKETS,
+    }
+
+
+@pytest.mark.parametrize(("num_parameters", "elements"), [(30_000, 30_000), (500_000_000, 500_000_000), (70_000_000_000, 500_000_000)])
+def test_buckets_are_no_larger_than_the_model(num_parameters: int, elements: int) -> None:
+    """DeepSpeed allocates them whole."""
+    found = deepspeed_config(config(), 1, num_parameters)["zero_optimization"]
+    assert found["reduce_bucket_size"] == found["allgather_bucket_size"] == elements
 
 
 def test_no_clipping_is_zero_for_deepspeed() -> None:
-    assert deepspeed_config(config(optimizer={"clip_norm": None}), 1)["gradient_clipping"] == 0.0
+    assert deepspeed_config(config(optimizer={"clip_norm": None}), 1, NUM_PARAMETERS)["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize(("num_ranks", "steps"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
 def test_accumulation_fills_the_global_batch(num_ranks: int, steps: int) -> None:
-    found = deepspeed_config(config(), num_ranks)
+    found = deepspeed_config(config(), num_ranks, NUM_PARAMETERS)
     assert found["gradient_accumulation_steps"] == steps
     assert found["train_batch_size"] == found["train_micro_batch_size_per_gpu"] * steps * num_ranks
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="does not divide by 5 ranks x 2 samples"):
-        deepspeed_config(config(), 5)
+        deepspeed_config(config(), 5, NUM_PARAMETERS)
 
 
 @pytest.mark.parametrize("dotted", OWNED_KEYS)
@@ -95,7 +113,7 @@ def test_an_owned_key_in_a_run_file_is_refused_with_the_key_to_use(tmp_path: Pat
 def test_every_key_we_set_is_refused_from_the_user(stage: int, precision: str) -> None:
     """What we write over must not be taken silently: each is owned, or the user's value wins."""
     run = config(precision=precision, parallel={"zero_stage": stage})
-    for key in deepspeed_config(run, 1).keys() - {"zero_optimization", "zero_allow_untested_optimizer"}:
+    for key in deepspeed_config(run, 1, NUM_PARAMETERS).keys() - {"zero_optimization", "zero_allow_untested_optimizer"}:
         assert key in OWNED_KEYS, key
 
 
@@ -103,7 +121,7 @@ def test_deepspeed_itself_accepts_it() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     for precision in ("bf16", "fp32"):
-        parsed = DeepSpeedConfig(deepspeed_config(config(precision=precision, parallel={"zero_stage": 2}), 1))
+        parsed = DeepSpeedConfig(deepspeed_config(config(precision=precision, parallel={"zero_stage": 2}), 1, NUM_PARAMETERS))
         assert (parsed.train_batch_size, parsed.gradient_accumulation_steps, parsed.zero_optimization_stage) == (24, 12, 2)
         assert parsed.bfloat16_config.enabled == (precision == "bf16")
         assert parsed.scheduler_name is None
