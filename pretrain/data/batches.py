@@ -15,9 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,15 @@ from configs.errors import UserError
 from configs.schema import TrainingSection
 from pretrain.data.corpus import Corpus
 from pretrain.data.order import DataOrder, Places
-from pretrain.data.samples import IGNORED_LABEL, read_samples
+from pretrain.data.pool import Pool
+from pretrain.data.samples import IGNORED_LABEL, Rows, Spans, locate_samples, read_samples
 from pretrain.data.tokens import TokenStream
 
 STEPS_AHEAD = 2
 """Steps that are read while one is learnt from."""
 ARRIVAL_POLL_SECONDS = 1.0
+PLACES_AT_ONCE = 4096
+"""Samples; the order of a few costs ten times as much for each."""
 
 Integers = npt.NDArray[np.int32]
 
@@ -62,26 +65,22 @@ class MicroBatch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def make_batch(
-    inputs_BT: npt.NDArray[Any], labels_BT: npt.NDArray[Any], is_start_BT: npt.NDArray[np.bool_], training: TrainingSection
-) -> MicroBatch:
-    """Arrays (B, T) as tensors. `is_start_BT` marks where a document begins; the first column is always a beginning.
-
-    Each tensor is one piece of memory: a copy to the device of what is not cannot run beside the computation.
-    """
+def make_batch(rows: Rows, num_valid: int, sequence_length: int, training: TrainingSection, pool: Pool) -> MicroBatch:
+    """Samples as tensors of `sequence_length` tokens, of which each begins a document."""
+    inputs_BT, labels_BT, is_start_BT = (column.reshape(-1, sequence_length) for column in rows)
     documents_BT = positions_BT = None
     if training.separate_documents or training.restart_positions:
         is_start_BT[:, 0] = True
-        starts = np.flatnonzero(is_start_BT).astype(np.int32)
-        lengths = np.diff(starts, append=np.int32(is_start_BT.size))
-        first_BT = np.repeat(starts, lengths).reshape(is_start_BT.shape)  # a document's number is the place where it begins
+        starts = np.flatnonzero(is_start_BT)
+        ends = np.append(starts[1:], is_start_BT.size)
+        first_BT = pool.empty(is_start_BT.shape, np.int32)  # a document's number is the place where it begins
+        first_BT.reshape(-1)[:] = np.repeat(starts.astype(np.int32), ends - starts)
         if training.separate_documents:
             documents_BT = torch.from_numpy(first_BT)
         if training.restart_positions:
-            positions_BT = torch.from_numpy(_count_up(is_start_BT.size).reshape(is_start_BT.shape) - first_BT)
-    tokens_BT, labels_BT = inputs_BT.astype(np.int32), labels_BT.astype(np.int32)
-    num_valid = int(np.count_nonzero(labels_BT != IGNORED_LABEL))
-    return MicroBatch(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BT), num_valid, documents_BT, positions_BT)
+            found_BT = pool.empty(is_start_BT.shape, np.int32)
+            positions_BT = torch.from_numpy(np.subtract(_count_up(is_start_BT.size).reshape(is_start_BT.shape), first_BT, out=found_BT))
+    return MicroBatch(torch.from_numpy(inputs_BT), torch.from_numpy(labels_BT), num_valid, documents_BT, positions_BT)
 
 
 @lru_cache(maxsize=4)
@@ -116,6 +115,9 @@ class Batches:
         self._seen = start
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: list[Future[list[MicroBatch]]] = []
+        self._pool = Pool()
+        self._places: dict[int, Places] = {}
+        self._spans: dict[int, Spans] = {}
         self.awaited_source: str | None = None
         """Of which samples of the step that is being read have not arrived yet."""
         self.seconds_waited = 0.0
@@ -161,21 +163,47 @@ class Batches:
                     continue  # a build that starts again puts its units in order
                 _refuse_changes(self.order.identity(seen), order.identity(seen))
             self._corpus, self.order = corpus, order
+            self._spans.clear()  # files have other numbers now
+            self._places.clear()
         self.awaited_source = None
 
     def _read_step(self, seen: int) -> list[MicroBatch]:
-        training, micro = self._training, self._training.micro_batch_samples
+        training = self._training
         self._await_arrival(seen)
-        numbers = self.order.numbers(seen, training.global_batch_samples)
-        places = self.order.places(numbers)
-        sequence_length = self.order.mixture.stage_at(int(numbers[0])).sequence_length
-        mine = np.arange(numbers.size).reshape(-1, self._size, micro)[:, self._rank].ravel()
-        rows = read_samples(self._corpus, Places(*(column[mine] for column in places)), training.sequence_length)
+        spans = self._spans_of(seen)
+        following = seen + training.global_batch_samples
+        if self._corpus.is_complete:
+            with suppress(UserError):  # it is said when that step is asked for
+                self._spans_of(following)  # so that its tokens are on their way while these are read
+        sequence_length = self.order.mixture.stage_at(int(self.order.numbers(seen, 1)[0])).sequence_length
+        num_samples, micro = spans.starts_n.size - 1, training.micro_batch_samples
+        rows = Rows.empty(num_samples, training.sequence_length, self._pool)
         batches: list[MicroBatch] = []
-        for first in range(0, mine.size, micro):
-            inputs_BT, labels_BT, is_start_BT = (column[first : first + micro].reshape(-1, sequence_length) for column in rows)
-            batches.append(make_batch(inputs_BT, labels_BT, is_start_BT, training))
+        for first in range(0, num_samples, micro):  # one at a time, while it is in the processor's cache
+            part = rows.part(first, first + micro)
+            num_valid = read_samples(self._corpus, spans.part(first, first + micro), part, self._pool)
+            batches.append(make_batch(part, num_valid, sequence_length, training, self._pool))
+        del self._spans[seen]
         return [batch.map(torch.Tensor.pin_memory) for batch in batches] if self._device.type == "cuda" else batches
+
+    def _spans_of(self, seen: int) -> Spans:
+        """Where this rank's samples of a step lie; announced, so that they are there when they are read."""
+        if seen not in self._spans:
+            mine = np.arange(self._training.global_batch_samples).reshape(-1, self._size, self._training.micro_batch_samples)
+            places = Places(*(column[mine[:, self._rank].ravel()] for column in self._places_of(seen)))
+            self._spans[seen] = spans = locate_samples(self._corpus, places, self._training.sequence_length)
+            self._corpus.streams[0].files.announce(spans.file_p, spans.first_token_p, spans.num_tokens_p)
+        return self._spans[seen]
+
+    def _places_of(self, seen: int) -> Places:
+        """Of all ranks' samples of a step; those of some steps are computed at once, where they are known."""
+        size = self._training.global_batch_samples
+        if seen not in self._places:
+            num_steps = max(1, PLACES_AT_ONCE // size) if self._corpus.is_complete else 1
+            places = self.order.places(self.order.numbers(seen, num_steps * size))
+            parts = [slice(step * size, (step + 1) * size) for step in range(num_steps)]
+            self._places = {seen + part.start: Places(*(column[part] for column in places)) for part in parts}
+        return self._places[seen]
 
 
 def _refuse_changes(before: dict[str, str], now: dict[str, str]) -> None:
@@ -199,13 +227,17 @@ def held_out_batches(
     length, end_of_text = training.sequence_length, stream.files.end_of_text
     num_windows = -(-len(stream) // length)
     portion = micro_batch_samples * data_size
+    pool = Pool()
     for first in range(0, num_windows, portion):
         inputs_BT = np.full((micro_batch_samples, length), end_of_text, dtype=np.int32)
         labels_BT = np.full((micro_batch_samples, length), IGNORED_LABEL, dtype=np.int32)
+        num_valid = 0
         for row in range(micro_batch_samples):
             start = (first + data_rank * micro_batch_samples + row) * length
             num_tokens = min(length, len(stream) - start)
             if num_tokens > 0:
                 tokens = stream.read(start, num_tokens)
                 inputs_BT[row, :num_tokens], labels_BT[row, :num_tokens] = tokens[:-1], tokens[1:]
-        yield make_batch(inputs_BT, labels_BT, inputs_BT == end_of_text, training).to(device)
+                num_valid += num_tokens
+        rows = Rows(inputs_BT, labels_BT, inputs_BT == end_of_text)
+        yield make_batch(rows, num_valid, length, training, pool).to(device)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -155,9 +155,11 @@ class DataOrder:
         starts = np.array([0, *accumulate(source.segments)])
         segment_n = np.searchsorted(starts, position_n, side="right") - 1
         sample_n = np.empty_like(position_n)
-        for epoch, segment in np.unique(np.stack([epoch_n, segment_n], axis=1), axis=0).tolist():
-            here = (epoch_n == epoch) & (segment_n == segment)
-            sample_n[here] = starts[segment] + self._permutation(source, epoch, segment)(position_n[here] - starts[segment])
+        cuts = np.flatnonzero((np.diff(segment_n) != 0) | (np.diff(epoch_n) != 0)) + 1  # cursors ascend
+        for first, end in pairwise([0, *cuts.tolist(), cursor_n.size]):
+            segment = int(segment_n[first])
+            shuffle = self._permutation(source, int(epoch_n[first]), segment)
+            sample_n[first:end] = starts[segment] + shuffle(position_n[first:end] - starts[segment])
         return epoch_n, sample_n
 
     def _permutation(self, source: SourceSize, epoch: int, segment: int) -> Permutation:

@@ -78,8 +78,8 @@ class Permutation:
 
 def _scramble(values: Words) -> Words:
     """Multiply and fold, modulo 2^64 (the multiplication is meant to wrap around)."""
-    with np.errstate(over="ignore"):
-        values = values * np.uint64(0x9E3779B97F4A7C15)
-        values = values ^ (values >> np.uint64(32))
-        values = values * np.uint64(0xD6E8FEB86659FD93)
-        return values ^ (values >> np.uint64(32))
+    values = values * np.uint64(0x9E3779B97F4A7C15)
+    values ^= values >> np.uint64(32)
+    values *= np.uint64(0xD6E8FEB86659FD93)
+    values ^= values >> np.uint64(32)
+    return values

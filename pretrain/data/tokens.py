@@ -19,6 +19,8 @@ from configs.errors import UserError
 from data_pipeline.checksums import BLOCK_BYTES, SUFFIX, block_is_whole, read_checksums
 from data_pipeline.manifest import ShardRecord
 
+PAGE_BYTES = mmap.PAGESIZE
+
 Numbers = npt.NDArray[np.int64]
 Tokens = npt.NDArray[Any]
 
@@ -61,16 +63,21 @@ class TokenFiles:
         else:
             self._read_across(file, offset, row)
 
-    def announce(self, file_n: Numbers, offset_n: Numbers, length: int) -> None:
-        """Ask the operating system for rows that will be read soon, where they have not been read before."""
-        for file, offset in zip(file_n.tolist(), offset_n.tolist(), strict=True):
+    def announce(self, file_p: Numbers, first_token_p: Numbers, num_tokens_p: Numbers) -> None:
+        """Ask the operating system for what will be read soon: whole blocks that are still to be checked, else the rows' own pages."""
+        size, grain = self.dtype.itemsize, PAGE_BYTES // self.dtype.itemsize
+        start_p, end_p = np.maximum(first_token_p - 1, 0), first_token_p + num_tokens_p
+        block_p, last_p = start_p // self._block_tokens, (end_p - 1) // self._block_tokens + 1
+        page_p = start_p // grain * PAGE_BYTES
+        num_bytes_p = end_p * size - page_p
+        columns = (column.tolist() for column in (file_p, block_p, last_p, page_p, num_bytes_p))
+        for file, block, last, page, num_bytes in zip(*columns, strict=True):
             tokens = self._tokens[file]
             if tokens is None:
                 tokens = self._open(file)
-            block, last = max(0, offset - 1) // self._block_tokens, (offset + length - 1) // self._block_tokens + 1
             if 1 in self._unchecked[file][block:last]:
-                start = block * BLOCK_BYTES
-                self._maps[file].madvise(mmap.MADV_WILLNEED, start, min(last * BLOCK_BYTES, tokens.nbytes) - start)
+                page, num_bytes = block * BLOCK_BYTES, (last - block) * BLOCK_BYTES
+            self._maps[file].madvise(mmap.MADV_WILLNEED, page, min(num_bytes, tokens.nbytes - page))
 
     def _read_across(self, file: int, offset: int, row: Tokens) -> None:
         if offset == 0:

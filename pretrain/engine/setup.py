@@ -27,7 +27,6 @@ from configs.schema import RunConfig
 from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.parallel import Layout
 
-
 LARGEST_BUCKET = 500_000_000
 """Elements; DeepSpeed's own default."""
 

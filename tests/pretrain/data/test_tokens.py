@@ -260,8 +260,8 @@ def test_announcing_changes_nothing(tmp_path: Path, seed: int, dtype: str) -> No
     chosen = np.random.default_rng(seed)
     flip(tmp_path / "shard-0.bin", 8 * BLOCK_BYTES + 3)
     for _ in range(3):
-        files.announce(np.zeros(100, np.int64), chosen.integers(0, lengths[0], 100), 300)
-        files.announce(np.array([0, 0, 1, 1, 1]), np.array([0, lengths[0] - 1, 0, 49, 30]), 40)
+        files.announce(np.zeros(100, np.int64), chosen.integers(0, lengths[0], 100), np.full(100, 300))
+        files.announce(np.array([0, 0, 1, 1, 1]), np.array([0, lengths[0] - 1, 0, 49, 30]), np.full(5, 40))
         np.testing.assert_array_equal(read_rows(files, [(0, 10), (1, 3)], 40)[:, 1:], [parts[0][10:50], parts[1][3:43]])
         with pytest.raises(UserError, match=f"bytes {BLOCK_BYTES} to"):
             read_rows(files, [(0, block)], 40)
