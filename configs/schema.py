@@ -4,7 +4,9 @@ In: the merged mapping that `loader.py` read. Out: a frozen `RunConfig`. A value
 refused, never converted; what cannot work together is refused here, before anyone asks for a GPU.
 """
 
+import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -159,7 +161,13 @@ class DataSection(Section):
     """Raw text to token shards: what `pretrain data build` makes."""
 
     root: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """Folder of the built shards and their manifest; when null, `datasets/` + the name of the first source."""
+    """Folder of the built shards and their manifest; when null, `datasets/` + the name of the first source. Training may also name a
+    URL that the folder was copied to (`s3://bucket/web`, whatever fsspec reads): its shards are then read through `cache`."""
+    cache: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    """Folder on the node's own disk for blocks of a dataset that `root` names by URL, shared by the node's ranks; when null,
+    `pretrain/staged` below $XDG_CACHE_HOME or ~/.cache."""
+    cache_bytes: PositiveInt = Field(default=50_000_000_000, json_schema_extra=CHANGEABLE)
+    """The most that the blocks take there. Where it holds the whole dataset, each block is fetched once."""
     sources: tuple[SourceSection, ...] = ()
     """Where documents come from, at least one."""
     clean: tuple[RuleSection, ...] = ()
@@ -198,11 +206,23 @@ class DataSection(Section):
         unknown = [name for rule in self.clean for name in rule.sources or () if name not in names]
         if unknown:
             raise ValueError(f"clean speaks of sources that there are not: {unknown}; there are {names}")
+        if self.is_remote and (self.train_while_building or self.verify_before_training):
+            raise ValueError("root is a URL: train_while_building and verify_before_training need a folder")
         return self
 
     def folder(self) -> str:
-        """The dataset's folder."""
+        """The dataset's folder, or its URL."""
         return self.root or f"datasets/{self.sources[0].name if self.sources else 'default'}"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the dataset is one of another place, to be read through the cache."""
+        return "://" in self.folder()
+
+    def cache_folder(self) -> str:
+        """Where blocks of a dataset of another place are kept."""
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return self.cache or f"{caches}/pretrain/staged"
 
 
 class ModelSection(Section):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from configs.durable import sha256_of_file
 from configs.errors import UserError
 from data_pipeline.manifest import MANIFEST, SPLITS, TOKENIZER, Counts, Manifest, ShardRecord, Split, load_manifest
-from data_pipeline.report import EXAMPLES_FOLDER, describe_sources, sum_by_source
+from data_pipeline.report import EXAMPLES_FOLDER, describe_sources, sum_by_source, sum_packings
 from data_pipeline.shards import Shard, read_spans
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -68,7 +68,8 @@ def show_dataset(folder: Path) -> dict[str, Any]:
         "format_version": manifest.format_version,
         "tokenizer": tokenizer_facts(manifest),
         "documents": manifest.documents.model_dump(),
-        "sources": describe_sources(manifest),
+        "sources": (sources := describe_sources(manifest)),
+        "packings": sum_packings(one["packings"] for one in sources.values()),
         "mixture": {name: round(counts.num_tokens / max(1, train), 6) for name, counts in by_source["train"].items()},
         "inputs": {"num_files": len(input_parts(manifest)), "num_bytes": sum(record.bytes for record in manifest.inputs)},
         "total": _summary(manifest.total("train") + manifest.total("held_out")),

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from configs.schema import DataSection
 from data_pipeline.report import describe_sources
+from pretrain.data.remote import refuse_remote
 from pretrain.data_view import SHOWN_ROWS, Rows, tabulate_reasons, tabulate_sources
 from pretrain.page import LINE_SECONDS, Page, spell_duration, spell_rate
 
@@ -136,6 +137,7 @@ def build_with_progress(data: DataSection, say: Callable[[str], Any], rebuild: b
     """
     from data_pipeline import build
 
+    refuse_remote(data, "`pretrain data build`")
     began = time.monotonic()
     page = Page(Console(stderr=True), say)
     if page.is_plain:

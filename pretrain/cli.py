@@ -105,6 +105,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     config = load_config(run_file, overrides or [])
     from pretrain.checkpoint.verify import is_committed
     from pretrain.data.corpus import open_corpus
+    from pretrain.data.remote import described_in
     from pretrain.mixture_view import check_repeats
     from pretrain.run.folder import RunFolder
     from pretrain.run.supervisor import supervise
@@ -120,7 +121,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
             _say(f"WARNING: {warning}")
         if config.data.verify_before_training:
             _refuse_damaged_data(Path(config.data.folder()))
-    raise typer.Exit(supervise(config, _say, is_committed))
+    raise typer.Exit(supervise(config, described_in(config.data), _say, is_committed))
 
 
 @app.command()
@@ -455,8 +456,10 @@ def _find_run(text: str) -> "RunFolder":
 def _find_data(path: Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         from configs.loader import load_config
+        from pretrain.data.remote import refuse_remote
 
         config: RunConfig = load_config(path)
+        refuse_remote(config.data, "this command")
         return Path(config.data.folder())
     return path
 

@@ -25,6 +25,8 @@ TEXT_WIDTH = 110
 TOKEN_STYLES = ("black on color(152)", "black on color(223)")
 END_STYLE = "bold white on color(88)"
 
+PACKING_HEADERS = ("documents", "cut", "% cut", "% padding")
+
 Rows = list[list[str]]
 
 
@@ -48,6 +50,14 @@ def tell_dataset(found: dict[str, Any], page: Page) -> None:
     page.table(("split", "shards", "documents", "MB", "tokens", "bytes per token"), splits)
     page.say("")
     page.table(*tabulate_sources(found["sources"], found["mixture"]))
+    if packings := found["packings"]:
+        page.say("")
+        rows = [
+            [f"{int(length):,}", packing, f"{one['num_samples']:,}", *spell_packing(one)]
+            for length, of_length in packings.items()
+            for packing, one in of_length.items()
+        ]
+        page.table(("length", "packing", "samples", *PACKING_HEADERS), rows)
     if reasons := tabulate_reasons(Path(found["folder"]), found["documents"]["dropped"], found["documents"]["quarantined"]):
         page.say("")
         page.table(("reason", "documents", "became", f"examples, below {found['folder']}"), reasons)
@@ -207,6 +217,14 @@ def tabulate_sources(sources: dict[str, dict[str, Any]], mixture: dict[str, floa
         total = ["all", *(f"{value:,}" for value in (*sums[:2], *left_out)), spell_megabytes(sums[2]), f"{sums[3]:,}"]
         rows.append([*total, *([] if mixture is None else ["100.00"])])
     return headers, rows
+
+
+def spell_packing(one: dict[str, Any]) -> list[str]:
+    """What a packing does to documents, under `PACKING_HEADERS`."""
+    padding = f"{100 * one['share_of_padding']:.2f}"
+    if not one["num_documents"]:
+        return ["-", "-", "-", padding]
+    return [f"{one['num_documents']:,}", f"{one['documents_cut']:,}", f"{100 * one['share_of_documents_cut']:.2f}", padding]
 
 
 def tabulate_reasons(folder: Path, dropped: dict[str, int], quarantined: dict[str, int]) -> Rows:

@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import yaml
 from rich.console import Console
@@ -33,6 +34,8 @@ from pretrain.write import write_text
 
 RUN_FILE = PACKAGED / "runs" / "demo.yaml"
 BLOCK_BYTES = 1 << 16
+WAIT_GOAL = 0.001
+"""The share of its time that training may wait for data."""
 
 
 def run_demo(corpus: Path | None, prompt: str | None, packaged: Path = RUN_FILE) -> int:
@@ -78,6 +81,7 @@ def run_demo(corpus: Path | None, prompt: str | None, packaged: Path = RUN_FILE)
         f"  run         {folder.path}: {newest.state.step} steps, {newest.state.tokens_seen:,} tokens, "
         f"{len(folder.attempts())} attempts\n"
         f"  held out    {comparison}\n"
+        f"  data wait   {describe_data_wait(folder, config.training.tokens_per_step)}\n"
         f"next:\n"
         f'  pretrain generate {_short(folder.path)} --prompt "class " --temperature 0.5\n'
         f"  pretrain checkpoints verify {_short(folder.path)}\n"
@@ -95,6 +99,33 @@ def _compare_with_xz(dataset: Path, config: RunConfig, folder: RunFolder) -> str
     model_bits, xz_bits = bits[-1], xz_bits_per_byte(text)
     verdict = "below" if model_bits < xz_bits else f"above, by {model_bits - xz_bits:.3f}"
     return f"{len(text):,} bytes: model {model_bits:.3f} bits per byte, xz -9 in 64 kB blocks {xz_bits:.3f} (model {verdict})"
+
+
+def describe_data_wait(folder: RunFolder, tokens_per_step: int) -> str:
+    """The share of its time that training (rank 0) waited for data: of all logged steps, and the median of the rows that log them.
+
+    A row spans the steps since the row before it, or since its attempt began: the first one of an attempt also holds the wait for
+    what is read first. Saves and evaluations between steps are part of the time. Steps that no row tells of are left out.
+    """
+    begins = {attempt["attempt"]: attempt.get("first_step") for attempt in folder.attempts()}
+    last_step, num_steps, seconds, seconds_waited = 0, 0, 0.0, 0.0
+    shares: list[float] = []
+    for row in read_rows(folder.path / METRICS_FILE):
+        if "data_wait_share" not in row:
+            continue
+        begin = begins.get(row["attempt"]) or 0
+        # An attempt that crashed does not know its beginning.
+        steps = row["step"] - (begin if last_step < begin < row["step"] else last_step)
+        took = steps * tokens_per_step / row["tokens_per_second"]
+        last_step, num_steps, seconds = row["step"], num_steps + steps, seconds + took
+        seconds_waited += row["data_wait_share"] * took
+        shares.append(row["data_wait_share"])
+    if not shares:
+        return "nothing: no step was logged"
+    return (
+        f"{100 * seconds_waited / seconds:.4f} % of the time of {num_steps} steps ({seconds:.0f} s), {100 * median(shares):.4f} % in the "
+        f"median of their {len(shares)} rows in {METRICS_FILE} (goal: under {100 * WAIT_GOAL:g} %)"
+    )
 
 
 def held_out_text(dataset: Path, end_of_text: str) -> bytes:

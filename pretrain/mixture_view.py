@@ -1,21 +1,31 @@
 """What a run will see of each source: `pretrain data mixture`, and the check of repeats before `pretrain train`.
 
 In: a resolved configuration, of which the dataset's manifest is opened. Out: plain values, ready for JSON, and the same as
-tables; or a refusal of too many epochs. No token is read, and no torch is loaded.
+tables; or a refusal of too many epochs. No token is read, and no torch is loaded; where documents are chopped, the index of
+some shards is read, which says where they start.
 """
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.errors import UserError
 from configs.schema import RunConfig
-from data_pipeline.manifest import load_manifest
+from data_pipeline.manifest import ShardRecord, load_manifest
+from data_pipeline.packing import count_chopped
+from data_pipeline.report import describe_packing, sum_packing
+from data_pipeline.shards import Shard
 from pretrain.checkpoint.verify import newest_readable_commit
 from pretrain.data.corpus import open_corpus
 from pretrain.data.order import DataOrder
+from pretrain.data.remote import described_in
+from pretrain.data_view import PACKING_HEADERS, spell_packing
 from pretrain.page import Page
 from pretrain.run.folder import RunFolder
 
+COUNTED_SHARDS = 64
+"""Of a source, evenly chosen: the documents that chopping cuts are counted in no more, or a large corpus would take hours."""
 GOOD_EPOCHS = 4
 """Up to here repeated text is almost as good as new (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models")."""
 
@@ -101,7 +111,7 @@ def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, An
                 },
             }
         )
-    seen, built = _count(order, 0, end), _measure_sources(config)
+    seen, built = _count(order, 0, end), _measure_sources(config, order)
     now = None if step is None else _count(order, 0, _number_behind(order, step * training.global_batch_samples))
     sources = {
         source.name: {"samples_per_epoch": source.num_samples}
@@ -118,6 +128,7 @@ def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, An
         "total_steps": training.total_steps,
         "total_tokens": total * training.sequence_length,
         "max_epochs": config.mixture.max_epochs,
+        "one_epoch": sum_packing(training.sequence_length, [one["one_epoch"] for one in built.values()]),
         "step": step,
         "stages": stages,
         "sources": sources,
@@ -150,17 +161,43 @@ def _epochs(samples: int, per_epoch: int) -> float:
     return samples / max(1, per_epoch)
 
 
-def _measure_sources(config: RunConfig) -> dict[str, dict[str, int]]:
-    """Of each source the tokens that were built, and what making samples of them leaves over or adds."""
-    length, packed = config.training.sequence_length, config.training.packing == "best_fit"
-    found: dict[str, dict[str, int]] = {}
-    for shard in load_manifest(Path(config.data.folder())).shards("train"):
+def _measure_sources(config: RunConfig, order: DataOrder) -> dict[str, dict[str, Any]]:
+    """Of each source the tokens that were built, what making samples of them leaves over or adds, and what it does to documents."""
+    folder, length, packed = described_in(config.data), config.training.sequence_length, config.training.packing == "best_fit"
+    shards: dict[str, list[ShardRecord]] = {source.name: [] for source in order.sources}
+    for shard in load_manifest(folder).shards("train"):
         (name,) = shard.sources
-        one = found.setdefault(name, {"tokens_built": 0, "left_over_tokens": 0, "padding_tokens": 0})
-        one["tokens_built"] += shard.num_tokens
-        one["left_over_tokens"] = 0 if packed else one["tokens_built"] % length
-        one["padding_tokens"] += shard.packings[str(length)].padding_tokens if packed else 0
+        shards[name].append(shard)
+    found: dict[str, dict[str, Any]] = {}
+    for source in order.sources:
+        num_tokens = num_documents = documents_cut = padding_tokens = 0
+        every = -(-len(shards[source.name]) // COUNTED_SHARDS)
+        for number, shard in enumerate(shards[source.name]):
+            if packed:
+                num_documents += shard.num_documents
+                documents_cut += shard.packings[str(length)].documents_cut
+                padding_tokens += shard.packings[str(length)].padding_tokens
+            elif number % every == 0 and not config.data.is_remote:
+                num_documents += shard.num_documents
+                documents_cut += _count_cut(folder / shard.name, num_tokens % length, length)
+            num_tokens += shard.num_tokens
+        found[source.name] = {
+            "tokens_built": num_tokens,
+            "left_over_tokens": 0 if packed else num_tokens % length,
+            "padding_tokens": padding_tokens,
+            "one_epoch": describe_packing(length, source.num_samples, num_documents, documents_cut, padding_tokens),
+        }
     return found
+
+
+def _count_cut(prefix: Path, num_before: int, length: int) -> int:
+    """Documents of a shard that lie in more than one sample, when the sample that is open at its start has `num_before` tokens.
+
+    At a source's end the tokens that are left over count as a sample: whatever reaches into them is cut.
+    """
+    starts = Shard(prefix).document_starts
+    # The tokens before are like one more document, shorter than a sample: it is never cut.
+    return count_chopped(np.concatenate([[0], num_before + starts]), length).documents_cut
 
 
 def _list_problems(config: RunConfig, order: DataOrder) -> list[str]:
@@ -197,6 +234,9 @@ def tell_mixture(found: dict[str, Any], page: Page) -> None:
     if found["step"] is not None:
         headers += [f"samples by step {found['step']:,}", "epochs by then"]
     page.table(headers, [_run_row(name, one, found["packing"]) for name, one in found["sources"].items()])
+    page.say(f"\none epoch, packing {found['packing']}")
+    rows = [[name, *spell_packing(one["one_epoch"])] for name, one in found["sources"].items()]
+    page.table(("source", *PACKING_HEADERS), [*rows, *([["all", *spell_packing(found["one_epoch"])]] if len(rows) > 1 else [])])
     if found["too_small"]:
         page.say(f"\nless text than one sample, never seen: {', '.join(found['too_small'])}")
     for problem in found["problems"]:

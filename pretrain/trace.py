@@ -27,6 +27,7 @@ from pretrain.checkpoint.verify import newest_readable_commit
 from pretrain.data.corpus import open_corpus
 from pretrain.data.order import DataOrder
 from pretrain.data.packs import PackedSource, Piece
+from pretrain.data.remote import refuse_remote
 from pretrain.page import Page, make_visible
 from pretrain.run.folder import RunFolder
 
@@ -110,6 +111,7 @@ class Trace:
     def __init__(self, run: RunFolder) -> None:
         """Raises UserError: the dataset is gone, or is another than the run has learnt from."""
         config = run.load_config()
+        refuse_remote(config.data, "`pretrain data trace`")
         self.run, self.training, self._folder = run, config.training, Path(config.data.folder())
         if not self._folder.exists():
             raise UserError(

@@ -101,10 +101,11 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
 def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: StopRequest, journal: Journal) -> bool:
     """Wait until every rank can read its part of the next step; False when a stop is asked for meanwhile.
 
-    Data waits for training, but for `data.train_while_building`; then this is a collective, so that no rank waits in another.
+    Data waits for training, but where it is still built, or comes from an object store that may be down; then this is a collective,
+    so that no rank waits in another.
     """
     waited = 0
-    while config.data.train_while_building:
+    while config.data.train_while_building or config.data.is_remote:
         ready, asked = batches.is_ready(timeout_seconds=1.0), stop.asked
         if layout.sum_over_data_ranks(asked):
             return False

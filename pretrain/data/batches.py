@@ -142,6 +142,7 @@ class Batches:
     def close(self) -> None:
         """End the thread; what it read ahead is forgotten."""
         self._closing.set()
+        self._corpus.streams[0].files.close()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _read_ahead(self) -> None:
@@ -172,7 +173,7 @@ class Batches:
         self._await_arrival(seen)
         spans = self._spans_of(seen)
         following = seen + training.global_batch_samples
-        if self._corpus.is_complete:
+        if self._corpus.is_complete and self._corpus.streams[0].files.is_mapped:
             with suppress(UserError):  # it is said when that step is asked for
                 self._spans_of(following)  # so that its tokens are on their way while these are read
         sequence_length = self.order.mixture.stage_at(int(self.order.numbers(seen, 1)[0])).sequence_length
@@ -231,13 +232,11 @@ def held_out_batches(
     for first in range(0, num_windows, portion):
         inputs_BT = np.full((micro_batch_samples, length), end_of_text, dtype=np.int32)
         labels_BT = np.full((micro_batch_samples, length), IGNORED_LABEL, dtype=np.int32)
-        num_valid = 0
-        for row in range(micro_batch_samples):
-            start = (first + data_rank * micro_batch_samples + row) * length
-            num_tokens = min(length, len(stream) - start)
-            if num_tokens > 0:
-                tokens = stream.read(start, num_tokens)
-                inputs_BT[row, :num_tokens], labels_BT[row, :num_tokens] = tokens[:-1], tokens[1:]
-                num_valid += num_tokens
+        starts = range((first + data_rank * micro_batch_samples) * length, len(stream), length)[:micro_batch_samples]
+        sizes = [min(length, len(stream) - start) for start in starts]
+        stream.files.announce(*stream.locate(np.array(starts, np.int64)), np.array(sizes, np.int64))
+        for row, (start, num_tokens) in enumerate(zip(starts, sizes, strict=True)):
+            tokens = stream.read(start, num_tokens)
+            inputs_BT[row, :num_tokens], labels_BT[row, :num_tokens] = tokens[:-1], tokens[1:]
         rows = Rows(inputs_BT, labels_BT, inputs_BT == end_of_text)
-        yield make_batch(rows, num_valid, length, training, pool).to(device)
+        yield make_batch(rows, sum(sizes), length, training, pool).to(device)

@@ -3,19 +3,23 @@
 In: the run configuration. Out: a `Corpus`, or a `UserError` when the data is unfinished, changed, or does not fit.
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.schema import RunConfig
+from configs.schema import DataSection, RunConfig
 from data_pipeline.arriving import Arriving, Shards, load_arrived, load_arriving
 from data_pipeline.manifest import SPLITS, Manifest, ShardRecord, load_manifest
 from data_pipeline.packing import packs_name
 from pretrain.data.order import SourceSize
 from pretrain.data.packs import PackedSource
+from pretrain.data.remote import Sums, described_in, finder, open_cache
+from pretrain.data.staged_tokens import StagedTokenFiles, wait_unless_closed
 from pretrain.data.tokens import TokenFiles, TokenStream
 
 
@@ -60,7 +64,7 @@ class _Source:
 
 def open_corpus(config: RunConfig) -> Corpus:
     """Open the dataset that `config.data` names. Raises UserError."""
-    folder, length = Path(config.data.folder()), config.training.sequence_length
+    folder, length = described_in(config.data), config.training.sequence_length
     arriving = load_arriving(folder) if config.data.train_while_building else None
     described = arriving or load_manifest(folder)
     if described.vocabulary_size > config.model.vocabulary_size:
@@ -74,7 +78,9 @@ def open_corpus(config: RunConfig) -> Corpus:
         found = _units_of(described) if config.data.train_while_building else _whole(described)
     learnt = {name: source for name, source in found.items() if source.shards or not source.is_complete}
     shards = [shard for source in learnt.values() for shard in source.shards]
-    files = TokenFiles(folder, shards, described.dtype, described.end_of_text_id)
+    held_out = [shard for source in found.values() for shard in source.held_out]
+    closing = threading.Event()
+    files, held_out_files = _open_tokens(config.data, folder, described, shards, held_out, closing)
     sizes: list[SourceSize] = []
     streams: list[TokenStream] = []
     packs: list[PackedSource] = []
@@ -82,7 +88,7 @@ def open_corpus(config: RunConfig) -> Corpus:
     for name, source in learnt.items():
         streams.append(TokenStream(files, first, [shard.num_tokens for shard in source.shards]))
         if config.training.packing == "best_fit":
-            packs.append(PackedSource(folder, source.shards, first, length))
+            packs.append(PackedSource(finder(config.data, partial(wait_unless_closed, closing)), source.shards, first, length))
         identities = tuple(hash_segment(segment, length if packs else None) for segment in source.segments)
         segments = _count_samples(source.segments, length, packed=bool(packs))
         sizes.append(SourceSize(name, segments, identities, config.data.train_while_building, source.is_complete))
@@ -92,8 +98,6 @@ def open_corpus(config: RunConfig) -> Corpus:
             f"{folder} has {sum(map(len, streams))} tokens to learn from in {len(sizes)} sources and one sample needs {length} of one; "
             "add text, or lower training.sequence_length."
         )
-    held_out = [shard for source in found.values() for shard in source.held_out]
-    held_out_files = TokenFiles(folder, held_out, described.dtype, described.end_of_text_id)
     return Corpus(
         tuple(sizes),
         tuple(streams),
@@ -105,27 +109,50 @@ def open_corpus(config: RunConfig) -> Corpus:
     )
 
 
+def _open_tokens(
+    data: DataSection,
+    folder: Path,
+    described: Manifest | Arriving,
+    shards: Sequence[ShardRecord],
+    held_out: Sequence[ShardRecord],
+    closing: threading.Event,
+) -> tuple[TokenFiles, TokenFiles]:
+    """The tokens to learn from, and those that are held out."""
+    dtype, end_of_text = described.dtype, described.end_of_text_id
+    if not data.is_remote:
+        return TokenFiles(folder, shards, dtype, end_of_text), TokenFiles(folder, held_out, dtype, end_of_text)
+    wait = partial(wait_unless_closed, closing)
+    sums = Sums(data, [*shards, *held_out], wait)
+    cache = open_cache(data, folder.name, [*shards, *held_out], sums, wait)
+    kinds = ((shards, 0), (held_out, len(shards)))
+    learnt, kept = (StagedTokenFiles(records, dtype, end_of_text, cache, first, sums.ask, closing) for records, first in kinds)
+    return learnt, kept
+
+
 def hash_segment(shards: Sequence[ShardRecord], packed_length: int | None = None) -> str:
     """SHA-256 over the tokens of shards in their order, and over their packs where they are packed, whatever the files' names."""
     suffixes = [".bin"] if packed_length is None else [".bin", packs_name("", packed_length)]
-    return sha256("".join(shard.files[shard.name + suffix].sha256 for shard in shards for suffix in suffixes).encode()).hexdigest()
+    return sha256("".join(shard.sha256_of(suffix) for shard in shards for suffix in suffixes).encode()).hexdigest()
 
 
 def _count_samples(segments: Sequence[Sequence[ShardRecord]], length: int, packed: bool) -> tuple[int, ...]:
     """Samples of each segment. One that begins in a segment's last tokens belongs to the segment that completes it."""
     if packed:
-        return tuple(sum(shard.packings[str(length)].num_packs for shard in segment) for segment in segments)
+        return tuple(sum(shard.num_packs(length) for shard in segment) for segment in segments)
     ends = accumulate((sum(shard.num_tokens for shard in segment) for segment in segments), initial=0)
     return tuple(behind // length - before // length for before, behind in pairwise(ends))
 
 
 def _whole(manifest: Manifest) -> dict[str, _Source]:
     """Each source as one segment."""
-    found: dict[str, _Source] = {}
-    for shard in manifest.shards("train"):
-        found.setdefault(_source_of(shard), _Source([[]], [])).segments[0].append(shard)
-    for shard in manifest.shards("held_out"):
-        found.setdefault(_source_of(shard), _Source([[]], [])).held_out.append(shard)
+    train, held_out = (_by_source(manifest.shards(split)) for split in SPLITS)
+    return {name: _Source([train.get(name, [])], held_out.get(name, [])) for name in train | held_out}
+
+
+def _by_source(shards: Iterable[ShardRecord]) -> dict[str, list[ShardRecord]]:
+    found: dict[str, list[ShardRecord]] = {}
+    for shard in shards:
+        found.setdefault(shard.source, []).append(shard)
     return found
 
 
@@ -134,11 +161,11 @@ def _units_of(manifest: Manifest) -> dict[str, _Source]:
     units: dict[int, Shards] = {}
     for split in SPLITS:
         for shard in manifest.shards(split):
-            unit = units.setdefault(int(Path(shard.name).parent.name), {})
+            unit = units.setdefault(int(shard.name.split("/")[-2]), {})
             unit[split] = (*unit.get(split, ()), shard)
     by_source: dict[str, list[Shards]] = {}
     for _, unit in sorted(units.items()):
-        (source,) = {_source_of(shard) for shards in unit.values() for shard in shards}
+        (source,) = {shard.source for shards in unit.values() for shard in shards}
         by_source.setdefault(source, []).append(unit)
     return {name: _in_units(of_source) for name, of_source in by_source.items()}
 
@@ -162,8 +189,3 @@ def _in_units(units: Iterable[Shards], is_complete: bool = True) -> _Source:
     units = list(units)
     held_out = [shard for unit in units[:1] for shard in unit.get("held_out", ())]
     return _Source([list(unit.get("train", ())) for unit in units], held_out, is_complete)
-
-
-def _source_of(shard: ShardRecord) -> str:
-    (source,) = shard.sources
-    return source

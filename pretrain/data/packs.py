@@ -5,7 +5,6 @@ As everywhere, the input of a target is the token before it; before a document's
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from configs.durable import sha256_of_file
 from configs.errors import UserError
 from data_pipeline.manifest import ShardRecord
 from data_pipeline.packing import Packs, packs_name, read_packs
+from pretrain.data.remote import Find
 
 Numbers = npt.NDArray[np.int64]
 
@@ -30,15 +30,17 @@ class Piece(NamedTuple):
 class PackedSource:
     """The packs of a source's shards, one behind the other."""
 
-    def __init__(self, folder: Path, shards: Sequence[ShardRecord], first_file: int, length: int) -> None:
-        """first_file: the number of the first shard among `TokenFiles`. Raises UserError where no packs of that length were built."""
+    def __init__(self, find: Find, shards: Sequence[ShardRecord], first_file: int, length: int) -> None:
+        """find: where a file of the dataset is. first_file: the number of the first shard among `TokenFiles`.
+
+        Raises UserError where no packs of that length were built.
+        """
         if missing := [shard.name for shard in shards if str(length) not in shard.packings]:
             raise UserError(
-                f"{folder / missing[0]} has no packs of {length} tokens, which training.packing best_fit needs; add {length} to "
+                f"{missing[0]} has no packs of {length} tokens, which training.packing best_fit needs; add {length} to "
                 "data.packed_lengths and build the data again, or set training.packing to chop."
             )
-        self._paths = [Path(packs_name(folder / shard.name, length)) for shard in shards]
-        self._sums = [shard.files[packs_name(shard.name, length)].sha256 for shard in shards]
+        self._find, self._length, self._shards = find, length, tuple(shards)
         self._first = first_file
         self._starts = np.cumsum([0, *(shard.packings[str(length)].num_packs for shard in shards)])
         self._packs: dict[int, Packs] = {}
@@ -57,8 +59,10 @@ class PackedSource:
         return [Piece(self._first + index, first, num) for first, num in spans]
 
     def _open(self, index: int) -> Packs:
-        path = self._paths[index]
+        shard = self._shards[index]
+        name = packs_name(shard.name, self._length)
+        path = self._find(name, shard.files[name])
         packs = read_packs(path)
-        if sha256_of_file(path) != self._sums[index]:
+        if sha256_of_file(path) != shard.files[name].sha256:
             raise UserError(f"{path}: its SHA-256 differs from the manifest's; see `pretrain data verify`.")
         return packs

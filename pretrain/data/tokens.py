@@ -28,6 +28,9 @@ Tokens = npt.NDArray[Any]
 class TokenFiles:
     """The `.bin` files of shards that stand one behind the other."""
 
+    is_mapped = True
+    """Whether what is announced comes while something else is done."""
+
     def __init__(self, folder: Path, shards: Sequence[ShardRecord], dtype: str, end_of_text: int) -> None:
         self.dtype = np.dtype(dtype)
         self.end_of_text = end_of_text
@@ -78,6 +81,9 @@ class TokenFiles:
             if 1 in self._unchecked[file][block:last]:
                 page, num_bytes = block * BLOCK_BYTES, (last - block) * BLOCK_BYTES
             self._maps[file].madvise(mmap.MADV_WILLNEED, page, min(num_bytes, tokens.nbytes - page))
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
 
     def _read_across(self, file: int, offset: int, row: Tokens) -> None:
         if offset == 0:

@@ -72,10 +72,10 @@ class RunFolder:
         self.path.chmod(mode)
         return existed
 
-    def write_description(self, config: RunConfig) -> None:
-        """Write `run.yaml`, `tokenizer.json` and `environment.json` (call it with the lease held)."""
+    def write_description(self, config: RunConfig, dataset: Path) -> None:
+        """Write `run.yaml`, the dataset's `tokenizer.json` and `environment.json` (call it with the lease held)."""
         write_file(self.config_file, dump_config(config).encode())
-        tokenizer = Path(config.data.folder()) / "tokenizer.json"
+        tokenizer = dataset / "tokenizer.json"
         if tokenizer.is_file():  # so that the run can write text wherever its folder is taken
             write_file(self.tokenizer_file, tokenizer.read_bytes())
         write_file(self.environment_file, (json.dumps(describe_environment(), indent=1) + "\n").encode())

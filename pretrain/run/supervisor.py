@@ -33,7 +33,7 @@ from pretrain.run.signals import STOP_SIGNALS, adopt_orphans
 RANK_MODULE = "pretrain.train"
 
 
-def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Callable[[Path, int], bool]) -> int:
+def supervise(config: RunConfig, dataset: Path, say: Callable[[str], None], is_committed: Callable[[Path, int], bool]) -> int:
     """Run one attempt of a run to its end. Raises UserError before anything was started.
 
     is_committed: whether a step of a `checkpoints/` folder is committed, intact (the checkpoint room's answer).
@@ -50,7 +50,7 @@ def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Calla
         if existed and is_committed(folder.checkpoints, config.training.total_steps):
             say(f"{folder.path} is done: all {config.training.total_steps} steps are committed. Nothing was changed.")
             return EXIT_DONE
-        folder.write_description(config)
+        folder.write_description(config, dataset)
         history = f"continued, attempt {lease.attempt}" if existed else "new"
         say(f"run folder {folder.path} ({history}), {num_processes} process{'es' if num_processes > 1 else ''}")
         with tempfile.TemporaryDirectory(prefix="pretrain-") as scratch:

@@ -31,6 +31,39 @@ def test_show_prints_what_json_says(run: Run) -> None:
     assert "a row with number" in shown and "on what is so␊\n" in shown
 
 
+def test_show_tells_what_each_packing_does(place: Path, run: Run) -> None:
+    """For both lengths that were packed, over the training shards of both sources."""
+    run("build", "run.yaml", "data.packed_lengths=[16,1024]")
+    shards = load_manifest(place / "shards").shards("train")
+    assert {name for shard in shards for name in shard.sources} == {"notes", "rows"}
+    num_documents = sum(shard.num_documents for shard in shards)
+    report = json.loads((place / "shards" / "report.json").read_text())["packings"]
+    by_source = json.loads(run("show", "shards", "--json").out)["sources"]
+    shown = run("show", "shards").out.splitlines()
+    (head,) = [number for number, line in enumerate(shown) if re.match("length +packing +samples +documents +cut +% cut +% padding$", line)]
+    table = shown[head + 1 :]
+    for length, rows in (("16", table[:2]), ("1024", table[2:4])):
+        records = [shard.packings[length] for shard in shards]
+        packed = {
+            "num_samples": sum(one.num_packs for one in records),
+            "documents_cut": sum(one.documents_cut for one in records),
+            "padding_tokens": sum(one.padding_tokens for one in records),
+        }
+        tokens = [sum(shard.num_tokens for shard in shards if name in shard.sources) for name in by_source]
+        cut = sum(one.documents_cut_when_chopped for one in records)
+        chopped = {"num_samples": sum(of // int(length) for of in tokens), "documents_cut": cut, "padding_tokens": 0}
+        for row, (packing, counts) in zip(rows, (("best_fit", packed), ("chop", chopped)), strict=True):
+            one = report[length][packing]
+            for key, count in {**counts, "num_documents": num_documents}.items():
+                assert one[key] == count == sum(source["packings"][length][packing][key] for source in by_source.values())
+            shares = counts["documents_cut"] / num_documents, counts["padding_tokens"] / max(1, counts["num_samples"] * int(length))
+            assert (one["share_of_documents_cut"], one["share_of_padding"]) == shares
+            numbers = [f"{int(length):,}", packing, *(f"{one[key]:,}" for key in ("num_samples", "num_documents", "documents_cut"))]
+            assert row.split() == [*numbers, *(f"{100 * share:.2f}" for share in shares)]
+    run("build", "run.yaml", "data.root=unpacked")
+    assert "packing" not in run("show", "unpacked").out
+
+
 def test_a_sample_marks_tokens_and_names_the_document(run: Run) -> None:
     run("build", "run.yaml")
     arguments = ("sample", "shards", "--source", "rows", "--count", "2", "--seed", "3")

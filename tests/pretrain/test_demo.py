@@ -2,13 +2,15 @@
 
 import json
 import lzma
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from pretrain.demo import choose_run, held_out_text, load_name, run_demo, xz_bits_per_byte
+from pretrain.demo import choose_run, describe_data_wait, held_out_text, load_name, run_demo, xz_bits_per_byte
+from pretrain.run.folder import RunFolder
 from tests.tiny import END_OF_TEXT, tiny_texts, write_tiny_dataset
 
 
@@ -31,6 +33,30 @@ def test_xz_is_what_the_command_needs_for_blocks_of_64_kb(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("path", "name"), [("my-notes", "my-notes"), ("a b.jsonl.gz", "a-b"), ("...", "corpus"), ("wiki.txt", "wiki")])
 def test_a_dataset_is_named_after_its_corpus(path: str, name: str, tmp_path: Path) -> None:
     assert load_name(tmp_path / path) == name
+
+
+def test_the_share_of_waiting_is_of_the_time_of_all_steps(tmp_path: Path) -> None:
+    """Rows every 10 steps of 8 tokens; two polite stops between rows; the last attempt crashed and names its first row."""
+    folder = RunFolder(tmp_path)
+    assert describe_data_wait(folder, 8) == "nothing: no step was logged"
+    begins = [(1, 0), (2, 13), (3, 25), (4, 40)]
+    folder.attempts_file.write_text("".join(json.dumps({"attempt": number, "first_step": step}) + "\n" for number, step in begins))
+    wanted = [  # attempt, step, steps that it spans, seconds, seconds waited
+        (1, 10, 10, 10.0, 2.0),
+        (2, 20, 7, 3.5, 0.035),
+        (3, 30, 5, 1.0, 0.0),
+        (4, 40, 10, 4.0, 0.004),
+    ]
+    rows = [
+        {"step": step, "attempt": attempt, "tokens_per_second": 8 * steps / seconds, "data_wait_share": waited / seconds}
+        for attempt, step, steps, seconds, waited in wanted
+    ]
+    rows.append({"step": 40, "attempt": 4, "held_out/bits_per_byte": 2.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    share, middle = 100 * 2.039 / 18.5, (0.1 + 1.0) / 2
+    assert describe_data_wait(folder, 8) == (
+        f"{share:.4f} % of the time of 32 steps (18 s), {middle:.4f} % in the median of their 4 rows in metrics.jsonl (goal: under 0.1 %)"
+    )
 
 
 TINY_DEMO = """
@@ -61,6 +87,10 @@ def test_the_demo_on_a_corpus_of_ones_own_and_again(
     assert attempts[1]["first_step"] == attempts[0]["last_step"] < attempts[1]["last_step"] == 400
     assert "resumed from step-" in said.err
     assert "400 steps, 102,400 tokens, 2 attempts" in said.err
+    share = re.search(
+        r"  data wait   (\d+\.\d{4}) % of the time of 400 steps \(\d+ s\), (\d+\.\d{4}) % in the median of their 400 rows", said.err
+    )
+    assert share is not None and all(0 <= float(one) < 100 for one in share.groups())
     held_out = len(held_out_text(tmp_path / "datasets" / "notes", END_OF_TEXT))
     assert f"{held_out:,} bytes: model" in said.err
     assert choose_run(tmp_path / "notes", tmp_path / "tiny.yaml").run.name == "demo-2"

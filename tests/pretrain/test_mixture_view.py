@@ -1,4 +1,4 @@
-"""What a run will see of each source is counted right, and a run that sees a source too often is refused before it starts."""
+"""What a run will see of each source, and cut of it, is counted right; a run that sees a source too often is refused before it starts."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.loader import dump_config
 from configs.schema import RunConfig
 from data_pipeline.manifest import FileRecord, PackingRecord, ShardRecord, write_manifest
-from data_pipeline.packing import count_best_fit, pack_documents, packs_name, write_packs
+from data_pipeline.packing import count_best_fit, count_chopped, pack_documents, packs_name, write_packs
 from pretrain import cli
 from pretrain.checkpoint.verify import FORMAT
 from pretrain.data.corpus import open_corpus
@@ -42,19 +42,24 @@ Make = Callable[..., RunConfig]
 def _dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixture") / "dataset"
     manifest = write_tiny_dataset(folder, num_documents=30)
-    shards = [pack(folder, name, number, length) for name, lengths in SHARDS.items() for number, length in enumerate(lengths)]
+    shards = [pack(folder, name, number, [length]) for name, lengths in SHARDS.items() for number, length in enumerate(lengths)]
     write_manifest(folder, manifest.model_copy(update={"splits": {**manifest.splits, "train": tuple(shards)}}))
     return folder
 
 
-def pack(folder: Path, source: str, number: int, length: int) -> ShardRecord:
-    """A shard of one document, and its packs."""
-    record = write_shard(folder, f"more/{source}-{number}", source, [np.ones(length, dtype=np.int64)])
-    starts = np.array([0, length])
+def pack(folder: Path, source: str, number: int, lengths: list[int]) -> ShardRecord:
+    """A shard of documents of these lengths, and its packs."""
+    record = write_shard(folder, f"more/{source}-{number}", source, [np.ones(length, dtype=np.int64) for length in lengths])
+    starts = np.cumsum([0, *lengths])
     packs, path = pack_documents(starts, T), Path(packs_name(folder / record.name, T))
     write_packs(path, packs)
     counts = count_best_fit(packs, starts)
-    packing = PackingRecord(num_packs=counts.num_packs, documents_cut=0, padding_tokens=counts.padding_tokens, documents_cut_when_chopped=0)
+    packing = PackingRecord(
+        num_packs=counts.num_packs,
+        documents_cut=counts.documents_cut,
+        padding_tokens=counts.padding_tokens,
+        documents_cut_when_chopped=count_chopped(starts, T).documents_cut,
+    )
     file = FileRecord(bytes=path.stat().st_size, sha256=sha256_of_file(path))
     return record.model_copy(update={"files": {**record.files, packs_name(record.name, T): file}, "packings": {str(T): packing}})
 
@@ -158,6 +163,68 @@ def test_packed_sources_leave_nothing_over_and_are_padded(make: Make, tmp_path: 
     assert found["too_small"] == []
     shown = run_verb(config, tmp_path, "data", "mixture").stdout
     assert "packing best_fit" in shown and "tokens built  padding  samples per epoch" in shown and "never seen" not in shown
+
+
+@pytest.mark.parametrize("packing", ["chop", "best_fit"])
+def test_documents_cut_and_padding_are_those_of_the_samples(make: Make, tmp_path: Path, seed: int, packing: str) -> None:
+    """Counted one by one: which documents have tokens in which samples, of sources whose shards end in the midst of a sample."""
+    chosen = np.random.default_rng(seed)
+    sizes = {"web": [20, 1, 30], "code": [9], "books": [3, 3, 3, 3]}
+    lengths = {name: [(chosen.integers(1, 3 * T, count)).tolist() for count in counts] for name, counts in sizes.items()}
+    folder = tmp_path / "dataset"
+    manifest = write_tiny_dataset(folder, num_documents=30)
+    shards = [pack(folder, name, number, one) for name, of_source in lengths.items() for number, one in enumerate(of_source)]
+    write_manifest(folder, manifest.model_copy(update={"splits": {**manifest.splits, "train": tuple(shards)}}))
+    config = make(70, ({},))
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"root": str(folder)}),
+            "training": config.training.model_copy(update={"packing": packing}),
+        }
+    )
+    found, corpus = describe_mixture(config), open_corpus(config)
+    sums: Counter[str] = Counter()
+    first_file = 0
+    for number, (name, of_source) in enumerate(lengths.items()):
+        document_of_token = [np.repeat(np.arange(len(one)), one) for one in of_source]
+        samples_of_document: dict[tuple[int, int], set[int]] = {}
+        if packing == "chop":
+            in_order = [(file, document) for file, tokens in enumerate(document_of_token) for document in tokens.tolist()]
+            for token, document in enumerate(in_order):
+                samples_of_document.setdefault(document, set()).add(token // T)
+        else:
+            assert corpus.packs is not None
+            for sample in range(len(corpus.packs[number])):
+                for file, first, num_tokens in corpus.packs[number].pieces(sample):
+                    for document in document_of_token[file - first_file][first : first + num_tokens].tolist():
+                        samples_of_document.setdefault((file - first_file, document), set()).add(sample)
+        one = found["sources"][name]["one_epoch"]
+        num_samples = corpus.sources[number].num_samples
+        padding = num_samples * T - sum(map(sum, of_source)) if packing == "best_fit" else 0
+        wanted = {
+            "num_samples": num_samples,
+            "num_documents": sum(sizes[name]),
+            "documents_cut": sum(len(samples) > 1 for samples in samples_of_document.values()),
+            "padding_tokens": padding,
+        }
+        assert one == wanted | {
+            "share_of_documents_cut": wanted["documents_cut"] / sum(sizes[name]),
+            "share_of_padding": padding / (num_samples * T),
+        }
+        sums.update(wanted)
+        first_file += len(of_source)
+    whole = found["one_epoch"]
+    assert {key: whole[key] for key in sums} == dict(sums)
+    assert whole["share_of_documents_cut"] == sums["documents_cut"] / sums["num_documents"]
+    assert whole["share_of_padding"] == sums["padding_tokens"] / (T * sums["num_samples"])
+    lines = run_verb(config, tmp_path, "data", "mixture").stdout.splitlines()
+    table = lines[lines.index(f"one epoch, packing {packing}") + 1 :]
+    assert table[0].split() == ["source", "documents", "cut", "%", "cut", "%", "padding"]
+    for row, (name, one) in zip(
+        table[1:], [*((name, found["sources"][name]["one_epoch"]) for name in lengths), ("all", whole)], strict=False
+    ):
+        shares = [f"{100 * one['share_of_documents_cut']:.2f}", f"{100 * one['share_of_padding']:.2f}"]
+        assert row.split() == [name, str(one["num_documents"]), str(one["documents_cut"]), *shares]
 
 
 def test_tables_say_what_json_says(make: Make, tmp_path: Path) -> None:

@@ -572,7 +572,7 @@ def test_the_command_waits_for_the_first_unit_of_each_source(
         assert not (tmp_path / "runs").exists()
         build.deliver(to_come.pop(0))
 
-    def supervise(config: RunConfig, say: Callable[[str], None], is_committed: Any) -> int:
+    def supervise(config: RunConfig, dataset: Path, say: Callable[[str], None], is_committed: Any) -> int:
         started.append(set(build.there))
         return 0
 

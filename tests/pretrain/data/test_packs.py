@@ -13,6 +13,7 @@ from configs.errors import UserError
 from data_pipeline.manifest import Counts, FileRecord, PackingRecord, ShardRecord
 from data_pipeline.packing import pack_documents, packs_name, write_packs
 from pretrain.data.packs import PackedSource, Piece
+from pretrain.data.remote import Find
 
 T = 8
 
@@ -37,6 +38,10 @@ def draw_indices(folder: Path, seed: int, num_shards: int = 4, lengths: tuple[in
     return [write_index(folder, f"units/{number:05d}/train-00000", one, lengths) for number, one in enumerate(documents)]
 
 
+def found_in(folder: Path) -> Find:
+    return lambda name, record: folder / name
+
+
 def samples_of(folder: Path, shard: ShardRecord, file: int, length: int = T) -> list[list[Piece]]:
     """As numpy reads them: the samples of a shard."""
     _, num_packs, *rest = np.load(packs_name(folder / shard.name, length)).tolist()
@@ -50,7 +55,7 @@ def test_samples_are_those_of_the_shards_one_behind_the_other(tmp_path: Path, se
     shards = draw_indices(tmp_path, seed, lengths=(T, 3))
     for length in (T, 3):
         expected = [sample for number, shard in enumerate(shards) for sample in samples_of(tmp_path, shard, 5 + number, length)]
-        source = PackedSource(tmp_path, shards, 5, length)
+        source = PackedSource(found_in(tmp_path), shards, 5, length)
         assert len(source) == len(expected) == sum(shard.packings[str(length)].num_packs for shard in shards)
         for number in random.Random(seed).choices(range(len(expected)), k=200):
             assert source.pieces(number) == expected[number]
@@ -59,7 +64,7 @@ def test_samples_are_those_of_the_shards_one_behind_the_other(tmp_path: Path, se
 
 def test_every_token_is_in_one_piece_and_no_sample_is_empty_or_too_long(tmp_path: Path, seed: int) -> None:
     shards = draw_indices(tmp_path, seed)
-    source = PackedSource(tmp_path, shards, 0, T)
+    source = PackedSource(found_in(tmp_path), shards, 0, T)
     pieces = [source.pieces(number) for number in range(len(source))]
     assert all(1 <= sum(piece.num_tokens for piece in sample) <= T for sample in pieces)
     found = sorted((file, token) for sample in pieces for file, first, count in sample for token in range(first, first + count))
@@ -68,7 +73,7 @@ def test_every_token_is_in_one_piece_and_no_sample_is_empty_or_too_long(tmp_path
 
 def test_a_source_without_shards_has_no_samples(tmp_path: Path) -> None:
     """As one of which nothing has arrived yet."""
-    assert len(PackedSource(tmp_path, [], 3, T)) == 0
+    assert len(PackedSource(found_in(tmp_path), [], 3, T)) == 0
 
 
 def test_only_the_index_that_is_asked_for_is_opened(tmp_path: Path, seed: int) -> None:
@@ -77,7 +82,7 @@ def test_only_the_index_that_is_asked_for_is_opened(tmp_path: Path, seed: int) -
     expected = samples_of(tmp_path, shards[2], 2)
     for shard in (shards[0], shards[1], shards[3]):
         Path(packs_name(tmp_path / shard.name, T)).unlink()
-    source = PackedSource(tmp_path, shards, 0, T)
+    source = PackedSource(found_in(tmp_path), shards, 0, T)
     before = sum(shard.packings[str(T)].num_packs for shard in shards[:2])
     assert source.pieces(before) == expected[0]
     Path(packs_name(tmp_path / shards[2].name, T)).unlink()
@@ -90,9 +95,9 @@ def test_a_length_that_was_not_packed_is_refused_before_anything_is_read(tmp_pat
     shards = draw_indices(tmp_path, seed)
     shards[2] = shards[2].model_copy(update={"packings": {"16": shards[2].packings[str(T)]}})
     with pytest.raises(UserError) as caught:
-        PackedSource(tmp_path, shards, 0, T)
+        PackedSource(found_in(tmp_path), shards, 0, T)
     assert str(caught.value) == (
-        f"{tmp_path}/units/00002/train-00000 has no packs of 8 tokens, which training.packing best_fit needs; add 8 to "
+        "units/00002/train-00000 has no packs of 8 tokens, which training.packing best_fit needs; add 8 to "
         "data.packed_lengths and build the data again, or set training.packing to chop."
     )
 
@@ -112,6 +117,6 @@ def test_no_changed_index_is_believed(tmp_path: Path, seed: int) -> None:
     for content in changed:
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: "):
-            PackedSource(tmp_path, shards, 0, T).pieces(0)
+            PackedSource(found_in(tmp_path), shards, 0, T).pieces(0)
     path.write_bytes(whole)
-    assert PackedSource(tmp_path, shards, 0, T).pieces(0) == samples_of(tmp_path, shards[0], 0)[0]
+    assert PackedSource(found_in(tmp_path), shards, 0, T).pieces(0) == samples_of(tmp_path, shards[0], 0)[0]

@@ -50,7 +50,7 @@ def test_modes(tmp_path: Path, readable_by: str, mode: int) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(run.path.stat().st_mode) == mode
-    run.write_description(mine)
+    run.write_description(mine, Path(mine.data.folder()))
     assert run.prepare(mine) is True
     other = config(tmp_path, run={"readable_by": "owner" if readable_by == "group" else "group"})
     assert run.prepare(other) is True
@@ -61,7 +61,7 @@ def test_its_description_is_a_run_file_and_names_what_ran(tmp_path: Path) -> Non
     mine = config(tmp_path, optimizer={"peak_lr": 3e-4}, deepspeed={"flops_profiler": {"enabled": True}})
     run = RunFolder.of(mine)
     run.prepare(mine)
-    run.write_description(mine)
+    run.write_description(mine, Path(mine.data.folder()))
     assert run.load_config() == mine
     environment = json.loads(run.environment_file.read_text())
     assert environment["versions"].keys() >= {"torch", "deepspeed", "numpy"}
@@ -73,7 +73,7 @@ def test_another_configuration_is_refused_with_exactly_the_keys_that_differ(tmp_
     mine = config(tmp_path)
     run = RunFolder.of(mine)
     run.prepare(mine)
-    run.write_description(mine)
+    run.write_description(mine, Path(mine.data.folder()))
     before = run.config_file.read_bytes()
     other = config(
         tmp_path,
@@ -98,7 +98,7 @@ def test_what_may_change_is_accepted_and_written(tmp_path: Path) -> None:
     mine = config(tmp_path)
     run = RunFolder.of(mine)
     run.prepare(mine)
-    run.write_description(mine)
+    run.write_description(mine, Path(mine.data.folder()))
     changed = config(
         tmp_path,
         training={"micro_batch_samples": 4},
@@ -109,7 +109,7 @@ def test_what_may_change_is_accepted_and_written(tmp_path: Path) -> None:
         deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}},
     )
     assert run.prepare(changed) is True
-    run.write_description(changed)
+    run.write_description(changed, Path(changed.data.folder()))
     assert run.load_config() == changed
 
 

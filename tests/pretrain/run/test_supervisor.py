@@ -62,7 +62,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_made(tmp_pat
     umask = os.umask(0o022)
     os.umask(umask)
     with pytest.raises(UserError, match="does not divide by 3 ranks x 2 samples.*global_batch_samples=6 or 12"):
-        supervisor.supervise(wrong, said.append, lambda *_: False)
+        supervisor.supervise(wrong, tmp_path, said.append, lambda *_: False)
     assert list(tmp_path.iterdir()) == []
     assert said == []
     assert os.umask(umask) == umask
@@ -75,13 +75,13 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     mine = config(tmp_path, training={"total_tokens": 2500, "global_batch_samples": 4, "micro_batch_samples": 4, "sequence_length": 64})
     run = RunFolder.of(mine)
     run.prepare(mine)
-    run.write_description(mine)
+    run.write_description(mine, tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in run.path.iterdir()}
     asked: list[tuple[Path, int]] = []
     said: list[str] = []
     umask = os.umask(0o022)
     try:
-        assert supervisor.supervise(mine, said.append, lambda *place: asked.append(place) is None) == 0
+        assert supervisor.supervise(mine, tmp_path, said.append, lambda *place: asked.append(place) is None) == 0
     finally:
         os.umask(umask)
     assert asked == [(run.checkpoints, 10)]
@@ -97,7 +97,7 @@ def test_an_attempt_is_recorded_with_how_it_ended(tmp_path: Path, monkeypatch: p
     umask = os.umask(0o022)
     try:
         for attempt in (1, 2):
-            assert supervisor.supervise(mine, lambda _: None, lambda *_: False) == 75
+            assert supervisor.supervise(mine, tmp_path, lambda _: None, lambda *_: False) == 75
             row = RunFolder.of(mine).attempts()[-1]
             found = {key: row[key] for key in ("attempt", "status", "cause", "first_step", "last_step", "num_processes", "pid")}
             assert list(found.values()) == [attempt, 75, "stopped and saved", 3, 9, 1, os.getpid()]
