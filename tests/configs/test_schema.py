@@ -41,6 +41,8 @@ CHANGEABLE_SECTIONS = {"data", "mixture"}
 # Of these, what may differ when a dataset is built again in the same folder.
 CHANGEABLE_DATA_KEYS = {
     "data.root",
+    "data.cache",
+    "data.cache_bytes",
     "data.quarantine_limit",
     "data.workers",
     "data.tokenizer.engine",

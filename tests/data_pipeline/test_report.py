@@ -2,7 +2,7 @@
 
 import json
 
-from data_pipeline.manifest import Counts, DocumentCounts, Manifest, PackingRecord, ShardRecord
+from data_pipeline.manifest import FORMAT_VERSION, Counts, DocumentCounts, Manifest, PackingRecord, ShardRecord
 from data_pipeline.report import describe_build, describe_sources
 
 
@@ -16,8 +16,8 @@ def shard(source: str, num_tokens: int, num_documents: int, packings: dict[int, 
 
 def manifest(*train: ShardRecord) -> Manifest:
     return Manifest(
-        format_version=3,
-        tokenizer_sha256="",
+        format_version=FORMAT_VERSION,
+        tokenizer_sha256="0" * 64,
         vocabulary_size=300,
         end_of_text="",
         end_of_text_id=0,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data_pipeline.manifest import load_manifest
+from data_pipeline.manifest import FORMAT_VERSION, load_manifest
 from pretrain import cli
 from pretrain.data_view import tell_document
 from pretrain.page import Page
@@ -21,7 +21,7 @@ def test_show_prints_what_json_says(run: Run) -> None:
     found = json.loads(run("show", "run.yaml", "--json").out)
     shown = run("show", "run.yaml").out
     assert found["documents"] == {"read": 14, "kept": 11, "dropped": {"too_short": 2}, "quarantined": {"not_an_object": 1}}
-    assert shown.startswith(f"shards, format 3, manifest {found['sha256'][:16]}\n")
+    assert shown.startswith(f"shards, format {FORMAT_VERSION}, manifest {found['sha256'][:16]}\n")
     assert "rules      1. shown_rules:drop_short(words=4) [source " in shown
     for name, share in found["mixture"].items():
         assert re.search(rf"^{name} .* {100 * share:.2f}$", shown, re.MULTILINE)

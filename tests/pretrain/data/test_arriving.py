@@ -23,6 +23,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from configs.durable import write_file
 from configs.errors import UserError
 from configs.loader import dump_config
 from configs.schema import DataSection, RunConfig, SourceSection, TokenizerSection
@@ -461,9 +462,10 @@ def test_units_that_are_away_for_a_moment_are_waited_for(make: Callable[..., Bui
     for step in range(num_steps):
         assert_equal(reader.next_step(), expected[step])
     content = unseal(built.announced)
-    (build.folder / ARRIVING).write_bytes(seal({**content, "units": [{**unit, "fingerprint": "0" * 64} for unit in content["units"]]}))
+    others = seal({**content, "units": [{**unit, "fingerprint": "0" * 64} for unit in content["units"]]})
+    write_file(build.folder / ARRIVING, others)  # in one piece, as builds do: the thread looks at any moment
     assert not reader.is_ready(0.1)
-    (build.folder / ARRIVING).write_bytes(built.announced)
+    write_file(build.folder / ARRIVING, built.announced)
     build.deliver(*range(2, len(built.sources)))
     for step in range(num_steps, 6):
         assert_equal(reader.next_step(), expected[step])
@@ -487,7 +489,7 @@ def test_what_is_built_anew_while_a_run_waits_is_refused_if_it_was_seen(make: Ca
     if number == 1:
         shutil.rmtree(build.folder / "units" / "00001")  # as a build does before it announces
         build.there.remove(1)
-    (build.folder / ARRIVING).write_bytes(other.announced)
+    write_file(build.folder / ARRIVING, other.announced)
     build.built = other
     build.deliver(*(unit for unit in range(len(other.sources)) if unit not in build.there))
     if number == 1:
