@@ -53,7 +53,7 @@ from data_pipeline.shards import ShardWriter
 from pretrain.data import corpus as corpus_module
 from pretrain.data.batches import Batches
 from pretrain.data.corpus import Corpus, open_corpus
-from pretrain.data.order import DataOrder, Places, SourceSize
+from pretrain.data.order import DataOrder, SourceSize
 
 MEGATRON = "megatron-core==0.16.1"
 LENGTH, MICRO_BATCH, GLOBAL_BATCH = 2048, 16, 256
@@ -415,7 +415,7 @@ def memory_of_this_process() -> dict[str, float]:
 
 def measure_cold(dataset: Path, rounds: int, num_steps: int) -> Iterator[dict[str, Any]]:
     """The first steps of a run whose files are not in memory."""
-    kinds = ("ours", "a step earlier", "never", "bare")
+    kinds = ("ours", "never", "bare")
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     reads: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
@@ -433,11 +433,7 @@ def measure_cold(dataset: Path, rounds: int, num_steps: int) -> Iterator[dict[st
     if max(read.values()) < 1:
         tell("hardly anything was read from a disk: the folder seems to lie in memory, and the next rows say nothing")
     name, unit, ours = f"cold, {num_steps} steps", "M tokens/s", rate["ours"]
-    for kind, beside in {
-        "bare": "the bare reader",
-        "never": "blocks that are not announced",
-        "a step earlier": "blocks announced a step earlier",
-    }.items():
+    for kind, beside in {"bare": "the bare reader", "never": "blocks that are not announced"}.items():
         yield row(f"{name}, beside {beside}", unit, ours, rate[kind], note=f"{spread['ours']} beside {spread[kind]}")
     yield row(f"{name}: read from the disk, beside the bare reader", "bytes/token", read["ours"], read["bare"], note="2 are wanted")
 
@@ -452,29 +448,11 @@ def drop_from_memory(dataset: Path) -> None:
 
 
 def read_cold(dataset: Path, kind: str) -> Callable[[], int]:
-    """Steps without the thread whose blocks are announced as it is, a step earlier, or never."""
-    batches, corpus, order = open_batches(dataset)
-    seen, files = 0, corpus.streams[0].files
-    announce = files.announce
+    """Steps without the thread whose blocks are announced as they are, or never."""
+    batches, corpus, _ = open_batches(dataset)
     if kind == "never":
-        files.announce = lambda *_: None
-
-    def announce_step(first: int) -> None:
-        places: Places = order.places(order.numbers(first, GLOBAL_BATCH))
-        for source in np.unique(places.source_n):
-            announce(*corpus.streams[source].locate(places.sample_n[places.source_n == source] * LENGTH), LENGTH)
-
-    def step() -> int:
-        nonlocal seen
-        if kind == "a step earlier":
-            if not seen:
-                announce_step(0)
-            announce_step(seen + GLOBAL_BATCH)
-        batches._read_step(seen)
-        seen += GLOBAL_BATCH
-        return STEP_TOKENS
-
-    return step
+        corpus.streams[0].files.announce = lambda *_: None
+    return read_directly(batches)
 
 
 def bytes_read() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 SEAL = "sha256"
 LAST_LINE_BEGINS, LAST_LINE_ENDS = f'\n "{SEAL}": "'.encode(), b'"\n}\n'
+_spell_plain = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def seal(found: dict[str, Any]) -> bytes:
@@ -26,15 +27,29 @@ def sealed_text(content: bytes) -> bytes:
 
     The hash is taken of the bytes as they stand: a manifest of ten thousand shards is not spelt again to be believed.
     """
-    body, comma, last_line = content.rpartition(LAST_LINE_BEGINS)
+    end = content.rfind(LAST_LINE_BEGINS)
+    last_line = content[end + len(LAST_LINE_BEGINS) :]
     digest, rest = last_line[:64], last_line[64:]
-    if not comma or rest != LAST_LINE_ENDS:
+    if end < 0 or rest != LAST_LINE_ENDS:
         raise ValueError(f"its last line is not the {SEAL} of its own content")
-    text = body.removesuffix(b",") + (b"\n}\n" if body.endswith(b",") else b"}\n")
+    is_only_key = content[end - 1 : end] != b","
+    before = memoryview(content)[: end if is_only_key else end - 1]  # nothing is copied twice
+    text = b"".join((before, b"}\n" if is_only_key else b"\n}\n"))
     if digest != sha256(text).hexdigest().encode():
         raise ValueError("its content does not have the SHA-256 that its last line says; at least one bit has changed")
     return text
 
 
 def _spell(found: dict[str, Any]) -> bytes:
-    return (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+    return (_spell_value(found, "\n") + "\n").encode("utf-8")
+
+
+def _spell_value(value: Any, line: str) -> str:
+    """As `json.dumps` with indent=1, but that a list of plain values, such as a row of a table, stays on one line."""
+    inner = line + " "
+    if isinstance(value, dict) and value:
+        entries: dict[str, Any] = value
+        return "{" + ",".join(f"{inner}{_spell_plain(key)}: {_spell_value(one, inner)}" for key, one in entries.items()) + line + "}"
+    if isinstance(value, list | tuple) and any(isinstance(one, dict | list | tuple) for one in value):
+        return "[" + ",".join(inner + _spell_value(one, inner) for one in value) + line + "]"
+    return _spell_plain(value)

@@ -41,11 +41,41 @@ def test_every_cut_and_every_missing_or_doubled_byte_is_found():
                     unseal(changed)
 
 
+def test_a_list_of_plain_values_is_a_line():
+    """So a row of a table is found, and compared with another, by what reads lines; the rest is spelt as `json.dumps` does."""
+    rows = [["ü\n", 1, 2.5, None, True], ("a", -1), [], {}, [{}], [[[1, 2]]]]
+    assert sealed_text(seal({"rows": rows, "none": [], "one": {"two": {"three": ["x", "y"]}}})).decode().splitlines() == [
+        "{",
+        ' "rows": [',
+        '  ["ü\\n", 1, 2.5, null, true],',
+        '  ["a", -1],',
+        "  [],",
+        "  {},",
+        "  [",
+        "   {}",
+        "  ],",
+        "  [",
+        "   [",
+        "    [1, 2]",
+        "   ]",
+        "  ]",
+        " ],",
+        ' "none": [],',
+        ' "one": {',
+        '  "two": {',
+        '   "three": ["x", "y"]',
+        "  }",
+        " }",
+        "}",
+    ]
+
+
 def test_what_was_hashed_is_the_mapping_without_its_seal():
     """For a parser of one's own; also where keys inside are called as the seal is, and in another spelling of the same JSON not."""
     found = {"files": {"a": {"sha256": "0" * 64, "bytes": 3}}, "text": '\n "sha256": "x"\n}\n'}
     content = seal(found)
     assert json.loads(sealed_text(content)) == unseal(content) == found
     assert sealed_text(content) == (json.dumps(found, indent=1) + "\n").encode()
+    assert sealed_text(seal({})) == b"{}\n"
     with pytest.raises(ValueError):
         unseal(json.dumps(json.loads(content)).encode())
