@@ -244,6 +244,7 @@ def _make_input(columns: Columns, row: int) -> InputRecord:
     return InputRecord(**{name: values[row] for name, values in columns.items()})
 
 
+# Pydantic's fields cannot be looked up when they are asked for, so a row is no subclass; it has all that a record has.
 _make_shard = cast(Callable[[Columns, int], ShardRecord], _ShardRow)
 
 

@@ -105,6 +105,7 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
     config = load_config(run_file, overrides or [])
     from pretrain.checkpoint.verify import is_committed
     from pretrain.data.corpus import open_corpus
+    from pretrain.data.order import DataOrder
     from pretrain.data.remote import described_in
     from pretrain.mixture_view import check_repeats
     from pretrain.run.folder import RunFolder
@@ -112,8 +113,10 @@ def train(run_file: RunFile, overrides: Overrides = None) -> None:
 
     _refuse_a_moved_run(run_file, config)
     corpus = open_corpus(config)  # unfinished or unfit data is said before anything is made or started
+    DataOrder(corpus.sources, config.mixture, config.training, config.run.seed)  # and so is a mixture that does not fit it
     while not corpus.has_begun:
-        _say(f"waiting for the first unit of each source in {config.data.folder()}")
+        awaited = ", ".join(source.name for source in corpus.sources if not source.has_begun)
+        _say(f"waiting for the first unit of {awaited} in {config.data.folder()}")
         time.sleep(10)
         corpus = open_corpus(config)
     if not is_committed(RunFolder.of(config).checkpoints, config.training.total_steps):
@@ -343,7 +346,9 @@ def data_trace(
     """
     questions = {"--step": step, "--from-step with --to-step": from_step or to_step, "--sample": sample, "--document": document}
     asked = [name for name, value in questions.items() if value is not None]
-    if len(asked) != 1 or (from_step is None) != (to_step is None):
+    if (from_step is None) != (to_step is None):
+        raise UserError(f"found {'--from-step' if to_step is None else '--to-step'} alone; wanted --from-step with --to-step.")
+    if len(asked) != 1:
         raise UserError(f"found {' and '.join(asked) or 'no question'}; wanted exactly one of {', '.join(questions)}.")
     folder = _find_run(run)
     from dataclasses import asdict

@@ -153,7 +153,7 @@ def resume(engine: DeepSpeedEngine, run: RunFolder, order: DataOrder, tokenizer_
     if changed:
         raise UserError(
             f"{commit.folder} has seen {state.samples_seen} samples, and what the run file now names would have made them others: "
-            f"{', '.join(changed)} differ. mixture.stages may change from step {state.step} on (from_tokens: "
+            f"what differs: {', '.join(changed)}. mixture.stages may change from step {state.step} on (from_tokens: "
             f"{order.next_token(state.samples_seen)} or more); put the rest back as it was, or start another run with run.name=NAME."
         )
     read_fragments(engine, commit.folder)

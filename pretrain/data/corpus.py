@@ -41,7 +41,7 @@ class Corpus:
     @property
     def has_begun(self) -> bool:
         """Whether the first unit of each source is there: with it the held-out text stands fast."""
-        return all(source.is_complete or source.segments for source in self.sources)
+        return all(source.has_begun for source in self.sources)
 
     @property
     def is_complete(self) -> bool:

@@ -53,6 +53,11 @@ class SourceSize:
         return sum(self.segments)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether its first unit is there."""
+        return self.is_complete or bool(self.segments)
+
+    @property
     def announced_samples(self) -> int | None:
         """Samples of one epoch as far as a mixture may know: of what arrives only whether there turned out to be none."""
         return None if self.arrives and not (self.is_complete and self.num_samples == 0) else self.num_samples

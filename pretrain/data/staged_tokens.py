@@ -58,6 +58,8 @@ class StagedTokenFiles(TokenFiles):
 
     def _fetch(self, keys: list[tuple[int, int, int]]) -> dict[tuple[int, int, int], Tokens]:
         """By file, first token and number of tokens: those, with the one before them where the file has one."""
+        if not keys:  # a rank without held-out text of its own has nothing to ask for
+            return {}
         pieces = [list(self._cut(*key)) for key in keys]
         columns = np.array([piece for found in pieces for piece in found], dtype=np.int64).reshape(-1, 3)
         size, file_p = self.dtype.itemsize, self._first_file + columns[:, 0]

@@ -386,6 +386,8 @@ def _connect(url: str) -> tuple[Any, str]:
     try:
         return cast("tuple[Any, str]", fsspec.core.url_to_fs(url))
     except ImportError as error:
-        raise UserError(f"{url} cannot be read because a package is missing ({error}); `pip install pretrain[remote]`.") from None
+        raise UserError(
+            f"{url} cannot be read because a package is missing ({error}); `pip install s3fs` for s3://, gcsfs for gs://, aiohttp for http://."
+        ) from None
     except Exception as error:  # some transports connect at once, and raise what they please
         raise UserError(f"{url} cannot be used ({type(error).__name__}: {error}); correct the URL.") from None

@@ -382,7 +382,8 @@ def held_out_name(base: RunConfig) -> str:
     [
         ((), r"found no question; wanted exactly one of --step, --from-step with --to-step, --sample, --document\."),
         (("--step", 1, "--sample", 2), "found --step and --sample; wanted exactly one"),
-        (("--from-step", 3), "wanted exactly one of"),
+        (("--from-step", 3), "found --from-step alone; wanted --from-step with --to-step"),
+        (("--to-step", 3), "found --to-step alone; wanted --from-step with --to-step"),
         (("--step", 0), f"has the steps 1 to {STEPS}, the first update being 1; asked for step 0"),
         (("--step", STEPS + 1), f"asked for step {STEPS + 1}"),
         (("--from-step", 5, "--to-step", 4), "asked for steps 5 to 4"),

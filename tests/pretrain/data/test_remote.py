@@ -116,6 +116,16 @@ def test_with_room_for_all_each_block_is_fetched_once(dataset: Path, url: str, t
     assert ranges == [], "the next start finds all of it"
 
 
+def test_a_rank_without_held_out_text_has_batches_of_padding(dataset: Path, url: str, tmp_path: Path) -> None:
+    """It takes part in the evaluation all the same, and asks the store for nothing."""
+    local, remote = (open_corpus(config_of(root, tmp_path / "cache")).held_out for root in (dataset, url))
+    training = config_of(url, tmp_path).training
+    for rank in (0, 1):
+        expected, found = (list(held_out_batches(one, training, 20_000, rank, 2, CPU)) for one in (local, remote))
+        assert_equal(found, expected)
+        assert (found[0].num_valid == 0) == (rank == 1)
+
+
 def test_the_description_is_the_manifest_and_its_tokenizer(dataset: Path, url: str, tmp_path: Path) -> None:
     config = config_of(url, tmp_path / "cache")
     for _ in range(2):
