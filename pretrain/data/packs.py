@@ -35,14 +35,17 @@ class PackedSource:
 
         Raises UserError where no packs of that length were built.
         """
-        if missing := [shard.name for shard in shards if str(length) not in shard.packings]:
+        try:
+            num_packs = [shard.num_packs(length) for shard in shards]
+        except KeyError:
+            missing = next(shard.name for shard in shards if str(length) not in shard.packings)
             raise UserError(
-                f"{missing[0]} has no packs of {length} tokens, which training.packing best_fit needs; add {length} to "
+                f"{missing} has no packs of {length} tokens, which training.packing best_fit needs; add {length} to "
                 "data.packed_lengths and build the data again, or set training.packing to chop."
-            )
+            ) from None
         self._find, self._length, self._shards = find, length, tuple(shards)
         self._first = first_file
-        self._starts = np.cumsum([0, *(shard.packings[str(length)].num_packs for shard in shards)])
+        self._starts = np.cumsum([0, *num_packs])
         self._packs: dict[int, Packs] = {}
 
     def __len__(self) -> int:
