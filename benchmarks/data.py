@@ -45,8 +45,8 @@ import orjson
 import zstandard
 from corpus import distinct_texts, write_jsonl_zst
 
+from configs.data_section import DataSection, SourceSection, TokenizerSection
 from configs.durable import sha256_of_file
-from configs.schema import DataSection, SourceSection, TokenizerSection
 from data_pipeline.build import BuildResult, build_dataset
 from data_pipeline.execution import Run, open_ray
 from data_pipeline.sources import plan_units, read_unit

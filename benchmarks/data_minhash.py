@@ -29,7 +29,7 @@ import numpy as np
 from minhash_pairs import DOCUMENT_CHARACTERS, SHINGLE_WORDS, cut_documents, jaccard, plant, shingle_set
 from minhash_peers import BANDS, PEERS, PERMUTATIONS, Array, Peer
 
-from configs.schema import DeduplicationSection, NearDuplicatesSection
+from configs.data_section import DeduplicationSection, NearDuplicatesSection
 from data_pipeline.dedup import count_matches, find_duplicates, near_partition, needed_matches
 from data_pipeline.minhash import band_hashes, signatures
 from data_pipeline.signature_files import write_survey

@@ -48,7 +48,8 @@ from data import row, show, take_turns, tell
 from configs.durable import sha256_of_file
 from configs.schema import MixtureSection, RunConfig, TrainingSection
 from data_pipeline.checksums import write_checksums
-from data_pipeline.manifest import FORMAT_VERSION, Counts, DocumentCounts, FileRecord, InputRecord, Manifest, ShardRecord, write_manifest
+from data_pipeline.manifest import FORMAT_VERSION, Manifest, write_manifest
+from data_pipeline.records import Counts, DocumentCounts, FileRecord, InputRecord, ShardRecord
 from data_pipeline.shards import ShardWriter
 from pretrain.data import corpus as corpus_module
 from pretrain.data.batches import Batches

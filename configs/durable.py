@@ -5,11 +5,18 @@ reached the disk. The order is the promise: files, then their folder, then the r
 (a rename may otherwise survive a power cut that its bytes did not).
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import uuid
+from collections.abc import Generator
 from pathlib import Path
+from typing import BinaryIO
+
+from configs.errors import UserError
 
 BLOCK_BYTES = 1 << 22
 
@@ -21,6 +28,18 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file to read, if it is one itself: a link would lead out of its folder, a pipe would be waited for, a device never end.
+
+    Raises OSError.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return file
 
 
 def sync_path(path: Path) -> None:
@@ -60,6 +79,24 @@ def commit_folder(temporary: Path, final: Path) -> None:
     sync_path(temporary)
     temporary.rename(final)
     sync_path(final.parent)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Generator[Path]:
+    """A temporary folder beside `out` that becomes it at the end, or vanishes. Raises UserError where `out` is there already."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already and not empty; choose another folder, or remove it.")
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.filename}: {error.strerror}; choose another folder.") from None
+    try:
+        yield temporary
+        commit_folder(temporary, out)
+    finally:
+        remove_folders([temporary])
 
 
 def remove_folders(paths: list[Path]) -> None:

@@ -1,4 +1,7 @@
-"""The one exception that means "the user can mend this": the command prints it and exits with 2."""
+"""How things end: the exit statuses, and the one exception that means "the user can mend this"."""
+
+EXIT_DONE, EXIT_DEFECT, EXIT_MISTAKE, EXIT_RESUMABLE = 0, 1, 2, 75
+"""Of every command. 75: stopped early, and the same command goes on (launchers start it again)."""
 
 
 class UserError(Exception):

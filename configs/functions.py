@@ -3,14 +3,27 @@
 In: `package.module:function`. Out: the function and the SHA-256 of the file that defines its module.
 """
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from configs.durable import sha256_of_file
 from configs.errors import UserError
+from configs.schema import RunConfig
+
+
+def code_of_the_user(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the source file of each class or function of the user's own that decides what is learnt, by its import path.
+
+    Raises UserError as `load_function` does.
+    """
+    model, objective = config.model, config.objective
+    paths = [model.implementation, model.block, objective.kind, objective.loss, config.optimizer.kind]
+    return {path: load_function(path)[1] for path in paths if path is not None and ":" in path}
 
 
 def load_function(path: str) -> tuple[Callable[..., Any], str]:
@@ -36,3 +49,17 @@ def load_function(path: str) -> tuple[Callable[..., Any], str]:
     if source is None:
         raise UserError(f"{path}: {module_name} has no source file, so its content cannot be recorded.")
     return function, sha256_of_file(Path(source))
+
+
+@contextlib.contextmanager
+def calling(key: str, path: str, arguments: str) -> Generator[None]:
+    """What a class of the user's own raises is its author's to mend; where it was raised is said."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{key}: {path}({arguments}) raised {type(error).__name__}: {error} (line {frame.lineno} of {frame.filename})."
+        ) from error

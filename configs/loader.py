@@ -1,23 +1,60 @@
 """Configuration in three sentences: defaults < include < run file < `a.b=c`.
 
-In: the path of a run file and dotted overrides. Out: a frozen `RunConfig`, or a `UserError` that names
-file, key, what was found, what was wanted, and the nearest key. Numbers are read as YAML 1.2 has them, so
-`3e-4` is a number (PyYAML alone reads a string).
+In: the path of a run file, or of a cluster file, and dotted overrides. Out: a frozen `RunConfig`, or `ClusterConfig`, or a `UserError`
+that names file, key, what was found, what was wanted, and the nearest key. Numbers are read as YAML 1.2 has them, so `3e-4` is a number
+(PyYAML alone reads a string).
 """
 
 import difflib
 import re
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Generic, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.cluster import ClusterConfig
 from configs.errors import UserError
+from configs.redaction import is_secret_name, secret_in
 from configs.schema import RunConfig
+from configs.section import Section
 
 PACKAGED = Path(__file__).parent
+MOST_CHARACTERS = 1 << 18
+MOST_FILES = 100
+"""Of one run file with all its includes: two that include two that include two, and so on, would be read for days."""
+SECRET_ADVICE = (
+    "wanted none here: it would be copied to run.yaml and to Weights & Biases. Take it out and give it in the environment (as "
+    "WANDB_API_KEY, HF_TOKEN, AWS_*) or in a file that only you can read (WANDB_API_KEY_FILE)."
+)
+
+Kind = TypeVar("Kind", bound=Section)
+
+
+@dataclass(frozen=True)
+class _FileKind(Generic[Kind]):
+    """In what a run file and a cluster file differ for a reader."""
+
+    model: type[Kind]
+    called: str
+    sections: str
+    """Two of its sections, for who has none."""
+    secret_advice: str
+    references: tuple[str, ...] = ()
+    """Keys that are called secrets and hold the name of one only."""
+
+
+_RUN_FILE = _FileKind(RunConfig, "a run file", "`model:` and `training:`", SECRET_ADVICE)
+_CLUSTER_FILE = _FileKind(
+    ClusterConfig,
+    "a cluster file",
+    "`job:` and `slurm:`",
+    "wanted none here: it would be copied to plan.json and to scripts and manifests. Take it out, set it in the shell that launches and "
+    "name it in job.pass_environment; on Kubernetes name the Secret that holds it in kubernetes.secrets.",
+    references=("kubernetes.secrets.", "kubernetes.image_pull_secret"),
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,6 +77,19 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Raises ValueError for a number that Python would not write out (thousands of digits, in hexadecimal too)."""
+        value = super().construct_yaml_int(node)
+        str(value)
+        return value
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        """Escapes may name what no path, no name and no UTF-8 file can hold."""
+        value = str(super().construct_yaml_str(node))
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+            raise yaml.constructor.ConstructorError(None, None, "a text holds a NUL or half a surrogate pair", node.start_mark)
+        return value
+
 
 class _Dumper(yaml.SafeDumper):
     """Safe YAML that quotes every text `_Loader` would read as a number, and escapes what it would take for a line's end."""
@@ -53,6 +103,8 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 _FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+_CHOICE = re.compile(r"(literal|function-after)\[")
+"""How pydantic names the one of several types that a value was compared with."""
 _INTEGER = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 
 
@@ -74,6 +126,11 @@ def _read_numbers_as_yaml_1_2() -> None:
         _Dumper.yaml_implicit_resolvers.setdefault(letter, []).append(("tag:yaml.org,2002:float", _FLOAT))
 
 
+_PLAIN = {None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))}
+# What JSON has too: a run file is written out again, and sets, bytes and dates would come back as something else.
+_Loader.yaml_constructors = {tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in _PLAIN}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 _Loader.yaml_implicit_resolvers = {}
 _Dumper.yaml_implicit_resolvers = {}
 _read_numbers_as_yaml_1_2()
@@ -84,17 +141,43 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunC
 
     `run.name` is filled in from the file's own name. Raises UserError.
     """
-    merged, origins = _read_with_includes(path, ())
-    for override in overrides:
-        _apply_override(merged, origins, override)
-    config = _validate(merged, origins, str(path))
+    merged, origins = _read(path, overrides, _RUN_FILE)
+    config = _validate(merged, origins, str(path), _RUN_FILE)
     if config.run.name is None:
         merged.setdefault("run", {})["name"] = _name_from(path)
-        config = _validate(merged, origins, str(path))
+        config = _validate(merged, origins, str(path), _RUN_FILE)
     return config
 
 
-def dump_config(config: RunConfig) -> str:
+def load_cluster(name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ClusterConfig:
+    """Read a cluster file as a run file is read: a path that ends in .yaml, or the name of a packaged one (`slurm-h100`).
+
+    `name` is filled in from the file's own name. Raises UserError.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        packaged = sorted(file.stem for file in (PACKAGED / "clusters").glob("*.yaml"))
+        if str(name_or_path) not in packaged:
+            raise UserError(
+                f"there is no cluster {str(name_or_path)!r}; there are {', '.join(packaged)}, or give the path of a cluster file (.yaml)."
+            )
+        path = PACKAGED / "clusters" / f"{name_or_path}.yaml"
+    merged, origins = _read(path, overrides, _CLUSTER_FILE)
+    merged.setdefault("name", _name_from(path))
+    return _validate(merged, origins, str(path), _CLUSTER_FILE)
+
+
+def _read(path: Path, overrides: list[str] | tuple[str, ...], kind: _FileKind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What stands in a file with its includes and overrides, and where each key is from. Raises UserError, also for a secret."""
+    merged, origins = _read_with_includes(path, (), [], kind)
+    for override in overrides:
+        _refuse_secret(override, "an override", kind.secret_advice)
+        _apply_override(merged, origins, override)
+    _refuse_secrets(merged, str(path), kind)
+    return merged, origins
+
+
+def dump_config(config: RunConfig | ClusterConfig) -> str:
     """The resolved configuration as YAML; loading it again gives an equal configuration."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
@@ -103,19 +186,28 @@ def _name_from(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-")[:64] or "run"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, kind: _FileKind[Any] = _RUN_FILE) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], 1)
         raise UserError(f"{path}: no such file." + (f" The nearest name there is {near[0]}." if near else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}.") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line} is not UTF-8; save the file as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; wanted {kind.called}.") from None
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"{path}: has more than {MOST_CHARACTERS} characters; wanted {kind.called}.")
+    if secret_in(text):
+        for number, line in enumerate(text.splitlines(), 1):
+            _refuse_secret(line, f"{path}, line {number}", kind.secret_advice)
     content = _parse(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: found {_kind(content)}, wanted sections such as `model:` and `training:`.")
+        raise UserError(f"{path}: found {_kind(content)}, wanted sections such as {kind.sections}.")
     return cast("dict[str, Any]", content)
 
 
@@ -134,11 +226,35 @@ def _parse(text: str, place: str) -> Any:
         raise UserError(f"{place}{line}: not valid YAML: {problem or error}.") from None
 
 
-def _read_with_includes(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping of a file laid over its includes, and which file each dotted key came from."""
+def _refuse_secret(text: str, place: str, advice: str) -> None:
+    if secret := secret_in(text):
+        raise UserError(f"{place}: found what looks like {secret}, {advice}")
+
+
+def _refuse_secrets(value: Any, path: str, kind: _FileKind[Any], dotted: str = "", key: str = "") -> None:
+    """Raises UserError, without the value, for a secret in what was read, or for a key that says it has one."""
+    if isinstance(value, dict):
+        for below, inner in cast("dict[Any, Any]", value).items():
+            _refuse_secrets(inner, path, kind, f"{dotted}.{below}".lstrip("."), str(below))
+    elif isinstance(value, list):
+        for item in cast("list[Any]", value):
+            _refuse_secrets(item, path, kind, dotted, key)
+    elif isinstance(value, str) and is_secret_name(key) and not dotted.startswith(kind.references):
+        raise UserError(f"{path}: {dotted}: found a key that is called a secret, {kind.secret_advice}")
+    elif isinstance(value, str) and key != "revision":  # a commit of the hub has the form of an older W&B key
+        _refuse_secret(value, f"{path}: {dotted}", kind.secret_advice)
+
+
+def _read_with_includes(
+    path: Path, above: tuple[Path, ...], read: list[Path], kind: _FileKind[Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping of a file laid over its includes, and which file each dotted key came from. read: every file so far."""
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise UserError(f"{path}: is file {len(read)} of those that include one another; wanted {MOST_FILES} at most.")
     if path.resolve() in above:
         raise UserError(f"{path}: includes itself, by way of {' -> '.join(str(p) for p in above)}.")
-    content = _read_yaml(path)
+    content = _read_yaml(path, kind)
     include = content.pop("include", [])
     items = [include] if isinstance(include, str) else cast("list[Any] | Any", include)
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
@@ -146,7 +262,7 @@ def _read_with_includes(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, 
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for item in cast("list[str]", items):
-        below, below_origins = _read_with_includes(_find_include(path, item), (*above, path.resolve()))
+        below, below_origins = _read_with_includes(_find_include(path, item), (*above, path.resolve()), read, kind)
         _merge(merged, below, origins)
         origins |= below_origins
     _merge(merged, content, origins)
@@ -169,7 +285,7 @@ def _find_include(path: Path, item: str) -> Path:
 def _yaml_names(folder: Path, item: str) -> list[str]:
     """Names, written as `item` is, of the YAML files in the folder where `item` would stand."""
     prefix = item.rpartition("/")[0]
-    return [f"{prefix}/{found.name}".lstrip("/") for found in (folder / prefix).glob("*.yaml")] if "\0" not in item else []
+    return [f"{prefix}/{found.name}".lstrip("/") for found in (folder / prefix).glob("*.yaml")]
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], origins: dict[str, str], prefix: str = "") -> None:
@@ -220,13 +336,13 @@ def _apply_override(merged: dict[str, Any], origins: dict[str, str], override: s
     origins[".".join(parts)] = f"override {override!r}"
 
 
-def _validate(merged: dict[str, Any], origins: dict[str, str], path: str) -> RunConfig:
+def _validate(merged: dict[str, Any], origins: dict[str, str], path: str, kind: _FileKind[Kind]) -> Kind:
     try:
-        return RunConfig.model_validate(_tuples(merged))
+        return kind.model.model_validate(_tuples(merged))
     except ValidationError as error:
-        problems = [_explain(problem, origins, path) for problem in error.errors()]
-        shown = problems[:5] + ([f"... and {len(problems) - 5} more"] if len(problems) > 5 else [])
-        raise UserError("\n".join(shown)) from None
+        problems = error.errors()
+        shown = [_explain(problem, origins, path, kind.model) for problem in problems[:5]]
+        raise UserError("\n".join([*shown, *([f"... and {len(problems) - 5} more"] if len(problems) > 5 else [])])) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -236,13 +352,13 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in cast("list[Any]", value)) if isinstance(value, list) else value
 
 
-def _explain(problem: Any, origins: dict[str, str], path: str) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _explain(problem: Any, origins: dict[str, str], path: str, model: type[Section]) -> str:
+    location = [_shorten(str(part)) for part in problem["loc"] if not _CHOICE.match(str(part))]
     dotted = ".".join(location)
     place = next((origins[key] for n in range(len(location), 0, -1) if (key := ".".join(location[:n])) in origins), path)
     kind, found = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        near = _nearest([part for part in problem["loc"] if isinstance(part, str)])
+        near = _nearest([_shorten(part) for part in problem["loc"] if isinstance(part, str)], model)
         return f"{place}: {dotted}: there is no such key." + (f" The nearest is {near}." if near else "")
     if kind in ("value_error", "assertion_error"):
         message = str(problem["ctx"]["error"])
@@ -280,8 +396,13 @@ def _kind(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     if isinstance(value, str):
-        return f"the text {value!r}"
-    return "nothing (null)" if value is None else f"{value!r}"
+        return f"the text {_shorten(value)!r}"
+    return "nothing (null)" if value is None else _shorten(f"{value!r}")
+
+
+def _shorten(text: str) -> str:
+    """What fits into a sentence."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -294,14 +415,14 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(parts: list[str]) -> str | None:
+def _nearest(parts: list[str], model: type[Section]) -> str | None:
     """The known dotted key that is nearest: a like word (or a part of one) beside it, then elsewhere, then a like path."""
-    keys = _all_keys(RunConfig)
+    keys = _all_keys(model)
     beside = [key for key in keys if key.rpartition(".")[0] == ".".join(parts[:-1])]
     for candidates, cutoff in ((beside, 0.75), (keys, 0.75), (beside, 0.5)):
         words = {key.rpartition(".")[2]: key for key in reversed(candidates)}
         if near := difflib.get_close_matches(parts[-1], list(words), 1, cutoff):
             return words[near[0]]
         if part_of := [key for word, key in words.items() if parts[-1] in word.split("_")]:  # `lr` for `peak_lr`
-            return part_of[0]
+            return min(part_of, key=len)
     return next(iter(difflib.get_close_matches(".".join(parts), keys, 1, 0.4)), None)

@@ -6,44 +6,38 @@ refused, never converted; what cannot work together is refused here, before anyo
 
 import os
 import re
+from math import gcd
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic.config import JsonDict
+from pydantic import Field, field_validator, model_validator
 
+from configs.data_section import DataSection
 from configs.deepspeed_keys import check_deepspeed_section
-
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-# A key that carries this mark may differ when a run folder is started again: it changes who computes what,
-# or what is watched, never what is learnt. Every other key must be equal to the folder's own.
-CHANGEABLE: JsonDict = {"changeable_on_resume": True}
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-FUNCTION_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-SOURCE_FORMATS = ("auto", "text", "jsonl", "parquet", "warc", "datasets", "hub", "megatron")
-
-
-class Section(BaseModel):
-    """A section of a run file: frozen, strict about types, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+from configs.guard_section import GuardSection
+from configs.model_section import ModelSection
+from configs.objective_section import FillInTheMiddleSection, ObjectiveSection
+from configs.section import APPLIED, FREE, IN_NEW_DATA, NAME_PATTERN, Fraction, ImportPath, PositiveFloat, PositiveInt, Section
+from configs.stall_section import StallSection
+from configs.start_section import StartFrom
+from configs.steps import Steps, plan_steps
 
 
 class RunSection(Section):
     """The run as a folder: its name, where it stands, who may read it."""
 
-    name: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    name: str | None = Field(default=None, json_schema_extra=FREE)
     """Folder name below `root`; when null, the run file's own name. Letters, digits, '.', '_', '-'."""
-    root: str = Field(default="runs", json_schema_extra=CHANGEABLE)
+    root: str = Field(default="runs", json_schema_extra=FREE)
     """Folder that holds run folders; relative paths start at the current directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seeds initial weights, data order and dropout; each is a pure function of it."""
     deterministic: bool = False
     """True: an interrupted and resumed run ends with the same bits as an undisturbed one."""
-    readable_by: Literal["owner", "group"] = Field(default="owner", json_schema_extra=CHANGEABLE)
+    attempts_in_vain: PositiveInt = Field(default=3, json_schema_extra=FREE)
+    """Attempts in a row that may end, by a rank that was killed or crashed, without a new checkpoint; then the command gives up. 1: it
+    never begins again by itself."""
+    readable_by: Literal["owner", "group"] = Field(default="owner", json_schema_extra=FREE)
     """Who may read the run folder: its owner alone (0700) or the owner's group too (0750)."""
 
     @field_validator("name")
@@ -54,249 +48,34 @@ class RunSection(Section):
         return name
 
 
-class SourceSection(Section):
-    """One source of documents."""
-
-    name: str
-    """Short name, used in the manifest and in reports."""
-    path: Annotated[str, Field(min_length=1)]
-    """A file, a folder that is searched for files, a glob, or a URL of any of these that fsspec reads (`s3://bucket/x/*.jsonl.zst`,
-    `gs://`, `hf://`); for format hub, the name of a data set. `{stdlib}` stands for the running Python's own library."""
-    format: str = "auto"
-    """auto: by each file's suffix; text (a file is a document), jsonl, parquet, warc (WARC and WET); datasets: a Hugging Face
-    `save_to_disk` folder; hub: a Hugging Face data set, streamed; megatron: prefixes of `.bin` and `.idx`, already tokenised;
-    or `package.module:function` of your own, which is given a local path and yields one mapping for each document."""
-    pattern: str = "**/*"
-    """Which files below a folder (a glob); hidden files and folders are left out."""
-    text_field: str = "text"
-    """The field of a row that holds the text."""
-    id_field: str | None = None
-    """The field of a row that names the document, kept beside its tokens."""
-    metadata_fields: tuple[str, ...] = ()
-    """Fields of a row that are kept beside its tokens, and that rules may look at."""
-    settings: dict[str, Any] = {}
-    """Further arguments: of `datasets.load_dataset` for format hub (`name`, `split`, `revision`), of fsspec for a URL, or of
-    a function of your own."""
-
-    @field_validator("name")
-    @classmethod
-    def _safe_name(cls, name: str) -> str:
-        if not NAME_PATTERN.fullmatch(name):
-            raise ValueError("a source name has 1 to 64 letters, digits, '.', '_' or '-'")
-        return name
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        if name not in SOURCE_FORMATS and not FUNCTION_PATTERN.fullmatch(name):
-            raise ValueError(f"wanted one of {', '.join(SOURCE_FORMATS)}, or package.module:function of your own")
-        return name
-
-
-class RuleSection(Section):
-    """One rule of cleaning: it keeps a document, changes it, or drops it for a reason. A plain name is short for {rule: name}."""
-
-    rule: str
-    """The name of one of ours (`pretrain data rules` lists them), or `package.module:function` of your own."""
-    settings: dict[str, Any] = {}
-    """The rule's arguments by name; those left out have the published values."""
-    sources: tuple[str, ...] | None = None
-    """Names of the sources whose documents pass the rule; null: all."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, found: Any) -> Any:
-        return {"rule": found} if isinstance(found, str) else found
-
-
-class NearDuplicatesSection(Section):
-    """Documents whose words are nearly the same, found by MinHash and locality-sensitive hashing."""
-
-    similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Two documents are near duplicates when the estimated Jaccard similarity of their word shingles is at least this."""
-    num_permutations: PositiveInt = 128
-    """Hash functions of a signature; the estimate's standard error is at most 0.5 / sqrt of it."""
-    num_bands: PositiveInt = 16
-    """A divisor of `num_permutations`: two documents are compared when all rows of one band agree."""
-    shingle_words: PositiveInt = 5
-    """Consecutive words that make a shingle."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """Chooses the hash functions."""
-
-    @model_validator(mode="after")
-    def _bands(self) -> "NearDuplicatesSection":
-        if self.num_permutations % self.num_bands:
-            raise ValueError(f"num_bands {self.num_bands} does not divide num_permutations {self.num_permutations}")
-        return self
-
-
-class DeduplicationSection(Section):
-    """What is dropped because it is there already; the document that comes first in the sources' order stays."""
-
-    exact: bool = True
-    """Drop documents whose text, after cleaning, is that of another."""
-    near: NearDuplicatesSection | None = None
-    """Drop near duplicates too; null: only exact ones."""
-
-
-class TokenizerSection(Section):
-    """The tokenizer: loaded from a file, or trained on the sources."""
-
-    path: str | None = None
-    """A `tokenizer.json` to use as it is; when null, a byte-level BPE is trained on the sources."""
-    vocabulary_size: Annotated[int, Field(ge=257)] = 32768
-    """Entries to train, special tokens included (256 bytes + 1 at least). Unused with `path`."""
-    training_bytes: PositiveInt = 100_000_000
-    """At most this much text is sampled, evenly over the work units, to train on."""
-    end_of_text: str = "<|endoftext|>"
-    """The token placed after every document; generation stops at it."""
-    engine: Literal["auto", "fastokens", "tokenizers"] = Field(default="auto", json_schema_extra=CHANGEABLE)
-    """What encodes: fastokens (fast, checked against tokenizers) or tokenizers, which defines the ids. auto: fastokens where it
-    reads the tokenizer."""
-    checked_fraction: Fraction = Field(default=0.002, json_schema_extra=CHANGEABLE)
-    """Share of each work unit's text (at least one document) that is encoded by tokenizers too; one differing id ends the build."""
-
-
-class DataSection(Section):
-    """Raw text to token shards: what `pretrain data build` makes."""
-
-    root: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """Folder of the built shards and their manifest; when null, `datasets/` + the name of the first source. Training may also name a
-    URL that the folder was copied to (`s3://bucket/web`, whatever fsspec reads): its shards are then read through `cache`."""
-    cache: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """Folder on the node's own disk for blocks of a dataset that `root` names by URL, shared by the node's ranks; when null,
-    `pretrain/staged` below $XDG_CACHE_HOME or ~/.cache."""
-    cache_bytes: PositiveInt = Field(default=50_000_000_000, json_schema_extra=CHANGEABLE)
-    """The most that the blocks take there. Where it holds the whole dataset, each block is fetched once."""
-    sources: tuple[SourceSection, ...] = ()
-    """Where documents come from, at least one."""
-    clean: tuple[RuleSection, ...] = ()
-    """Rules that every document passes, in this order."""
-    deduplicate: DeduplicationSection | None = None
-    """What is dropped because it is there twice; null: nothing."""
-    tokenizer: TokenizerSection = TokenizerSection()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    """Shuffles the documents within each shard."""
-    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
-    """Share of the documents kept out of training for evaluation, chosen by a hash of each document's id."""
-    work_unit_bytes: PositiveInt = 16_000_000
-    """Files are gathered into work units of about this many bytes, and large ones split where their format allows it."""
-    shard_tokens: PositiveInt = 32_000_000
-    """A work unit's tokens are cut into shards of about this many (a document stays whole)."""
-    packed_lengths: tuple[PositiveInt, ...] = ()
-    """Sequence lengths for which every shard gets an index of best-fit packing (`training.packing: best_fit`)."""
-    largest_document_bytes: PositiveInt = 50_000_000
-    """A larger document goes to quarantine instead of into memory."""
-    quarantine_limit: Fraction = Field(default=0.01, json_schema_extra=CHANGEABLE)
-    """The build stops when more than this share of the documents cannot be read."""
-    train_while_building: bool = False
-    """True: training may begin while the data is being built. Each source is then seen unit by unit, in the build's order, shuffled
-    within the unit; training waits where it is faster than the build. The held-out text is that of each source's first unit."""
-    verify_before_training: bool = Field(default=False, json_schema_extra=CHANGEABLE)
-    """Whether `pretrain train` reads every shard and compares its SHA-256 first. Either way each block of 64 KiB is compared with its
-    CRC32C when it is first read, and a flipped bit ends the run."""
-    workers: PositiveInt | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """Ray tasks at once; when null, one per CPU. The result does not depend on it."""
-
-    @model_validator(mode="after")
-    def _sources(self) -> "DataSection":
-        names = [source.name for source in self.sources]
-        if len(names) != len(set(names)):
-            raise ValueError(f"two sources have the same name: {names}")
-        unknown = [name for rule in self.clean for name in rule.sources or () if name not in names]
-        if unknown:
-            raise ValueError(f"clean speaks of sources that there are not: {unknown}; there are {names}")
-        if self.is_remote and (self.train_while_building or self.verify_before_training):
-            raise ValueError("root is a URL: train_while_building and verify_before_training need a folder")
-        return self
-
-    def folder(self) -> str:
-        """The dataset's folder, or its URL."""
-        return self.root or f"datasets/{self.sources[0].name if self.sources else 'default'}"
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the dataset is one of another place, to be read through the cache."""
-        return "://" in self.folder()
-
-    def cache_folder(self) -> str:
-        """Where blocks of a dataset of another place are kept."""
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return self.cache or f"{caches}/pretrain/staged"
-
-
-class ModelSection(Section):
-    """The decoder. The defaults are the Llama form; GPT-2 is the other end of every choice."""
-
-    vocabulary_size: PositiveInt = 32768
-    """Rows of the token table: at least the tokenizer's size, best a multiple of 64."""
-    num_layers: PositiveInt = 12
-    width: PositiveInt = 768
-    """D: features per token."""
-    num_heads: PositiveInt = 12
-    """N: query heads."""
-    num_kv_heads: PositiveInt | None = None
-    """K: key and value heads, a divisor of `num_heads`; null: as many as query heads."""
-    head_width: PositiveInt | None = None
-    """H: features per head; null: width / num_heads."""
-    feed_forward_width: PositiveInt = 2048
-    """F: features inside the feed-forward part."""
-    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_epsilon: PositiveFloat = 1e-5
-    positions: Literal["rope", "learned", "sinusoidal"] = "rope"
-    rope_theta: PositiveFloat = 10_000.0
-    largest_context: PositiveInt = 8192
-    """Longest sequence in tokens; rows of the table when positions are learned."""
-    biases: bool = False
-    """Whether linear layers carry biases."""
-    qk_norm: bool = False
-    """Whether queries and keys are normalised per head (Qwen3's form)."""
-    tied_head: bool = False
-    """Whether the output projection is the token table itself."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of embeddings, attention weights and residual outputs dropped while training."""
-    initial_deviation: PositiveFloat = 0.02
-    """Standard deviation of initial weights; outputs into the residual are divided by sqrt(2 x layers)."""
-
-    @property
-    def kv_heads(self) -> int:
-        """K, resolved."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def features_per_head(self) -> int:
-        """H, resolved."""
-        return self.head_width or self.width // self.num_heads
-
-    @model_validator(mode="after")
-    def _shapes(self) -> "ModelSection":
-        if self.head_width is None and self.width % self.num_heads:
-            below = self.width // self.num_heads * self.num_heads
-            widths = " or ".join(str(width) for width in (below, below + self.num_heads) if width)
-            raise ValueError(
-                f"width {self.width} does not divide by num_heads {self.num_heads}; choose a width of {widths}, or set head_width"
-            )
-        if self.num_heads % self.kv_heads:
-            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-            raise ValueError(f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}; choose one of {divisors}")
-        if self.positions == "rope" and self.features_per_head % 2:
-            raise ValueError(f"rotary positions need an even head width, found {self.features_per_head}")
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise ValueError(f"sinusoidal positions need an even width, found {self.width}")
-        return self
-
-
 class OptimizerSection(Section):
-    """AdamW (Loshchilov & Hutter 2019); matrices are decayed, vectors (norms, biases) are not."""
+    """What changes the weights. Matrices are decayed, vectors (norms, biases) are not."""
 
-    peak_lr: PositiveFloat = 3e-4
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    epsilon: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    clip_norm: PositiveFloat | None = 1.0
+    kind: Literal["adamw", "muon"] | ImportPath = "adamw"
+    """adamw: Loshchilov & Hutter 2019. muon: Jordan et al. 2024, for the matrices of the layers, and adamw for tables and vectors. Or
+    `package.module:function` of your own, called with parameter groups and this section; it returns a torch optimizer that treats each
+    element for itself (ZeRO cuts parameters anywhere)."""
+    peak_lr: PositiveFloat = Field(default=3e-4, json_schema_extra=APPLIED)
+    """The learning rate at its highest; `schedule` says how much of it there is when."""
+    muon_peak_lr: PositiveFloat = Field(default=0.02, json_schema_extra=APPLIED)
+    """The same, for the matrices that Muon changes."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, json_schema_extra=APPLIED)
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, json_schema_extra=APPLIED)
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, json_schema_extra=APPLIED)
+    epsilon: PositiveFloat = Field(default=1e-8, json_schema_extra=APPLIED)
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.1, json_schema_extra=APPLIED)
+    clip_norm: PositiveFloat | None = Field(default=1.0, json_schema_extra=APPLIED)
     """Largest global gradient norm; null: no clipping."""
+    offload: bool = Field(default=False, json_schema_extra=APPLIED)
+    """Whether the optimizer's state lies in the host's memory and is updated there (DeepSpeed's CPUAdam, compiled at its first use)."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """For a function of your own: whatever it reads from here."""
+
+    @model_validator(mode="after")
+    def _offload(self) -> "OptimizerSection":
+        if self.offload and self.kind != "adamw":
+            raise ValueError(f"offload is DeepSpeed's CPUAdam; it goes with kind adamw only, found {self.kind}")
+        return self
 
 
 class ScheduleSection(Section):
@@ -338,7 +117,7 @@ class MixtureSection(Section):
 
     stages: tuple[StageSection, ...] = (StageSection(),)
     """In the order of their beginnings."""
-    max_epochs: PositiveFloat | None = None
+    max_epochs: PositiveFloat | None = Field(default=None, json_schema_extra=FREE)
     """A run that would see a source more often is refused; null: it is warned of beyond 4 (Muennighoff et al. 2023)."""
 
     @model_validator(mode="after")
@@ -351,10 +130,19 @@ class MixtureSection(Section):
         return self
 
 
+class BatchSection(Section):
+    """A beginning of a run with smaller steps."""
+
+    until_tokens: PositiveInt
+    """Where it ends, in tokens of the run; rounded up to a whole step of it."""
+    global_batch_samples: PositiveInt
+    """Samples that one of its steps learns from, over all ranks."""
+
+
 class TrainingSection(Section):
     """How much is learnt from, in what portions."""
 
-    total_tokens: PositiveInt = 1_000_000_000
+    total_tokens: PositiveInt = Field(default=1_000_000_000, json_schema_extra=APPLIED)
     """Tokens to train on; rounded up to whole steps."""
     sequence_length: PositiveInt = 2048
     """T: tokens of one sample that are learnt from."""
@@ -365,101 +153,220 @@ class TrainingSection(Section):
     """Whether attention stays inside each document of a sample."""
     restart_positions: bool = True
     """Whether positions count from 0 at the beginning of each document of a sample."""
+    fill_in_the_middle: FillInTheMiddleSection | None = None
+    """Rearranges a share of the documents; null: none."""
     global_batch_samples: PositiveInt = 256
     """Samples one step (one optimizer update) learns from, over all ranks."""
-    micro_batch_samples: PositiveInt = Field(default=8, json_schema_extra=CHANGEABLE)
+    batch_ramp: tuple[BatchSection, ...] = ()
+    """Smaller steps at the beginning, in ascending order; behind them `global_batch_samples`. The noise of
+    gradients grows while a model learns, so small steps suffice at first (McCandlish et al. 2018). The learning rate is not scaled."""
+    micro_batch_samples: PositiveInt = Field(default=8, json_schema_extra=APPLIED)
     """Samples one rank feeds the engine at once: as many as fit into memory."""
 
     @property
+    def steps(self) -> Steps:
+        """Which samples each step learns from."""
+        ramp = tuple((section.until_tokens, section.global_batch_samples) for section in self.batch_ramp)
+        return plan_steps(self.total_tokens, self.sequence_length, ramp, self.global_batch_samples)
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens one step learns from."""
+        """Tokens one step learns from, once the ramp is over."""
         return self.global_batch_samples * self.sequence_length
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return -(-self.total_tokens // self.tokens_per_step)
+        return self.steps.total_steps
 
     def first_sample(self, tokens: int) -> int:
         """The first sample of the first step that begins at `tokens` or behind."""
-        return -(-tokens // self.tokens_per_step) * self.global_batch_samples
+        return self.steps.first_sample(tokens)
+
+    @model_validator(mode="after")
+    def _ramped(self) -> "TrainingSection":
+        if not self.batch_ramp:
+            return self
+        ends = [section.until_tokens for section in self.batch_ramp]
+        if sorted({*ends, self.total_tokens}) != [*ends, self.total_tokens]:
+            raise ValueError(
+                f"batch_ramp ends its sections at until_tokens {ends} of total_tokens {self.total_tokens}; wanted each behind the one "
+                "before it and all before the run's end: put them in ascending order, each once, or raise total_tokens"
+            )
+        sizes = self.steps.sizes
+        if sorted(set(sizes)) != sizes:
+            raise ValueError(
+                f"batch_ramp and global_batch_samples give steps of {sizes} samples, one after the other; wanted each size above the one "
+                "before it: put them in ascending order, each once"
+            )
+        starts = [phase.first_sample for phase in self.steps.phases]
+        if len(set(starts)) < len(starts) or starts[-1] >= self.steps.total_samples:
+            raise ValueError(
+                f"batch_ramp's steps of {sizes} samples begin at samples {starts} of {self.steps.total_samples} (whole steps); each "
+                "size needs a step of its own before the run's end: move until_tokens, or remove a section"
+            )
+        return self
 
     def accumulation(self, num_data_ranks: int) -> int:
-        """Micro-steps per step on each of `num_data_ranks`. Raises ValueError naming the nearest sizes that divide."""
+        """Micro-steps per step on each of `num_data_ranks`, once the ramp is over.
+
+        Raises ValueError for a size of a step, of the ramp too, that does not divide, naming the nearest sizes that do.
+        """
         portion = self.micro_batch_samples * num_data_ranks
-        if self.global_batch_samples % portion == 0:
+        sizes = {"training": self.global_batch_samples}
+        sizes |= {f"training.batch_ramp[{number}]": section.global_batch_samples for number, section in enumerate(self.batch_ramp)}
+        place, wrong = next(((place, size) for place, size in sizes.items() if size % portion), ("", None))
+        if wrong is None:
             return self.global_batch_samples // portion
-        below, above = self.global_batch_samples // portion * portion, -(-self.global_batch_samples // portion) * portion
+        below, above = wrong // portion * portion, -(-wrong // portion) * portion
         batches = " or ".join(str(size) for size in (below, above) if size)
-        micros = [n for n in range(1, self.global_batch_samples + 1) if self.global_batch_samples % (n * num_data_ranks) == 0]
+        common = gcd(*sizes.values())
+        micros = [n for n in range(1, common + 1) if common % (n * num_data_ranks) == 0]
         near = sorted(sorted(micros, key=lambda n: abs(n - self.micro_batch_samples))[:2])
         also = f", or training.micro_batch_samples={' or '.join(map(str, near))}" if near else ""
         ranks = "1 rank" if num_data_ranks == 1 else f"{num_data_ranks} ranks"
         raise ValueError(
-            f"a global batch of {self.global_batch_samples} samples does not divide by {ranks} x "
-            f"{self.micro_batch_samples} samples; the nearest that do: training.global_batch_samples={batches}{also}"
+            f"a global batch of {wrong} samples does not divide by {ranks} x "
+            f"{self.micro_batch_samples} samples; the nearest that do: {place}.global_batch_samples={batches}{also}"
         )
 
 
 class ParallelSection(Section):
     """How many ranks, and what each holds. None of it changes what is learnt."""
 
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(default=1, json_schema_extra=CHANGEABLE)
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(default=1, json_schema_extra=APPLIED)
     """What DeepSpeed shards over the data ranks: 1 optimizer state, 2 also gradients, 3 also weights."""
-    processes: PositiveInt | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    processes: PositiveInt | None = Field(default=None, json_schema_extra=APPLIED)
     """Ranks on this machine; null: one per GPU, or `cpu_processes` where there is none."""
-    cpu_processes: PositiveInt = Field(default=1, json_schema_extra=CHANGEABLE)
+    cpu_processes: PositiveInt = Field(default=1, json_schema_extra=APPLIED)
     """Ranks on a machine without a GPU."""
+
+
+class PerformanceSection(Section):
+    """How a step is computed. It changes the last bits of the weights, never what they mean."""
+
+    compile: bool | None = None
+    """Whether each layer and the loss are compiled (torch.compile, fixed shapes); null: on a GPU."""
+    compile_cache: str | None = Field(default=None, json_schema_extra=FREE)
+    """Folder of what was compiled, so that a restart is warm; null: `pretrain/compiled` below $XDG_CACHE_HOME or ~/.cache."""
+    activation_checkpointing: Literal["selective", "full"] | None = None
+    """What is computed again in the backward pass instead of being kept. selective: all but matrix products and attention; full:
+    everything inside a layer; null: nothing."""
+    loss_memory_bytes: PositiveInt = 500_000_000
+    """What the loss may take beside its inputs and their gradients. A head whose gradient in fp32 does not fit into half of it is
+    multiplied a fourth time instead of three."""
+    fp8: bool = False
+    """Experimental, on GPUs with fp8 units: the layers' matrix products in fp8 by torchao. Its loss has not been shown to be equal."""
+
+    def compile_folder(self) -> str:
+        """Where compiled code is kept."""
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return self.compile_cache or f"{caches}/pretrain/compiled"
+
+
+STORE_PATTERN = re.compile(r"(?!file:|local:)[a-z][a-z0-9+.-]*://[^/:@?#\s][^:@?#\s]*")
 
 
 class CheckpointSection(Section):
     """When the run is saved and how much of it is kept."""
 
-    every_steps: PositiveInt | None = Field(default=1000, json_schema_extra=CHANGEABLE)
+    asynchronous: bool = Field(default=True, json_schema_extra=FREE)
+    """Whether training goes on while a save is written, behind a copy in the host's memory (12 bytes for each parameter that a rank
+    holds); false: it waits."""
+    store: str | None = None
+    """URL in an object store where commits lie (`s3://bucket/runs`, `gs://`, `az://`, what fsspec reads), in a folder of the run's own
+    below it; null: `checkpoints/` in the run folder."""
+    fast_folder: str | None = Field(default=None, json_schema_extra=FREE)
+    """A folder of each node's own (a local disk, /dev/shm) for saves in between: a rank that dies costs fewer steps then, a node that is
+    lost costs what was done since the last durable save. Each run has a folder of its own in it; the newest two are kept."""
+    fast_every_steps: PositiveInt | None = Field(default=None, json_schema_extra=FREE)
+    """Steps between those."""
+    self_test: bool = Field(default=True, json_schema_extra=FREE)
+    """Whether a new run first writes its state, reads it back and compares every bit."""
+
+    every_steps: PositiveInt | None = Field(default=1000, json_schema_extra=FREE)
     """Steps between saves; null: only when stopping and at the end."""
-    keep: Annotated[int, Field(ge=2)] = Field(default=3, json_schema_extra=CHANGEABLE)
+    keep: Annotated[int, Field(ge=2)] = Field(default=3, json_schema_extra=FREE)
     """Newest commits that are kept (2 at least: the older one is the fall-back)."""
+    keep_every_steps: PositiveInt | None = Field(default=None, json_schema_extra=FREE)
+    """Of older ones those of every so many steps stay for ever; null: none for its step."""
+    keep_every_hours: PositiveFloat | None = Field(default=None, json_schema_extra=FREE)
+    """And one of every so many hours; null: none for its time."""
+
+    @field_validator("store")
+    @classmethod
+    def _store(cls, store: str | None) -> str | None:
+        if store is not None and not STORE_PATTERN.fullmatch(store):  # what was found may hold a password: it is not said
+            raise ValueError(
+                "wanted the URL of a folder in an object store, such as s3://bucket/runs, without credentials: those stand in the "
+                "environment. A folder of a disk, also a shared one, is named by run.root"
+            )
+        return store
+
+    @model_validator(mode="after")
+    def _fast(self) -> "CheckpointSection":
+        if (self.fast_folder is None) != (self.fast_every_steps is None):
+            raise ValueError("fast_folder and fast_every_steps go together: found one without the other; set both, or neither")
+        return self
 
 
 class EvaluateSection(Section):
     """Held-out loss while training."""
 
-    every_steps: PositiveInt | None = Field(default=1000, json_schema_extra=CHANGEABLE)
+    every_steps: PositiveInt | None = Field(default=1000, json_schema_extra=APPLIED)
     """Steps between evaluations; null: only at the end."""
-    micro_batch_samples: PositiveInt = Field(default=8, json_schema_extra=CHANGEABLE)
+    micro_batch_samples: PositiveInt = Field(default=8, json_schema_extra=APPLIED)
     """Samples one rank evaluates at once."""
+    tasks: tuple[str, ...] = Field(default=(), json_schema_extra=APPLIED)
+    """Task files of lm-evaluation-harness (YAML, with local data) that are evaluated while training; `pip install 'pretrain[eval]'`."""
+    tasks_every_steps: PositiveInt | None = Field(default=None, json_schema_extra=APPLIED)
+    """Steps between evaluations of the tasks; null: only at the end."""
+    tasks_limit: PositiveInt | None = Field(default=None, json_schema_extra=APPLIED)
+    """At most this many documents of each task; null: all."""
 
 
 class WatchSection(Section):
     """What is written down about a run, and where it is shown."""
 
-    log_every_steps: PositiveInt = Field(default=10, json_schema_extra=CHANGEABLE)
+    log_every_steps: PositiveInt = Field(default=10, json_schema_extra=FREE)
     """Steps between rows of metrics.jsonl (and of Weights & Biases)."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", json_schema_extra=CHANGEABLE)
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", json_schema_extra=FREE)
     """auto: online where an API key is configured, offline elsewhere. Never a prompt."""
-    wandb_project: str = Field(default="pretrain", json_schema_extra=CHANGEABLE)
-    wandb_entity: str | None = Field(default=None, json_schema_extra=CHANGEABLE)
+    wandb_project: str = Field(default="pretrain", json_schema_extra=FREE)
+    wandb_entity: str | None = Field(default=None, json_schema_extra=FREE)
 
 
 class RunConfig(Section):
     """A whole run file, resolved."""
 
     run: RunSection = RunSection()
-    data: DataSection = Field(default=DataSection(), json_schema_extra=CHANGEABLE)
+    start_from: StartFrom | None = None
+    """Another run whose checkpoint this one begins with: `PATH@STEP`, or `PATH` for its newest (PATH: a run folder, or a name below
+    `run.root`). Read once, at the first start; null: weights as `model` says."""
+    start_with: Literal["weights", "everything"] = "weights"
+    """weights: those alone, at step 0, with a fresh optimizer. everything: weights, moments, steps and tokens seen: a branch that counts on
+    where its parent was. Its data goes on there too if it is the parent's (`mixture.stages` ahead may differ); data of which the parent
+    saw nothing is read from its own beginning, and `mixture.stages` count from there."""
+    data: DataSection = Field(default=DataSection(), json_schema_extra=IN_NEW_DATA)
     """A checkpoint knows by hash what it has seen of which source, so other keys here are refused only where that differs."""
-    mixture: MixtureSection = Field(default=MixtureSection(), json_schema_extra=CHANGEABLE)
+    mixture: MixtureSection = Field(default=MixtureSection(), json_schema_extra=APPLIED)
     """Stages that have begun are held by a hash in every checkpoint; those to come may be edited."""
     model: ModelSection = ModelSection()
     optimizer: OptimizerSection = OptimizerSection()
-    schedule: ScheduleSection = ScheduleSection()
+    schedule: ScheduleSection = Field(default=ScheduleSection(), json_schema_extra=APPLIED)
+    """A pure function of tokens, so a change holds from the next step on; what is past keeps its rate."""
     training: TrainingSection = TrainingSection()
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """What weights and activations are computed in; the optimizer's own weights are fp32 always."""
+    objective: ObjectiveSection = ObjectiveSection()
+    precision: Literal["bf16", "fp16", "fp32"] = Field(default="bf16", json_schema_extra=APPLIED)
+    """What weights and activations are computed in; the optimizer's own weights are fp32 always. fp16 scales the loss."""
     parallel: ParallelSection = ParallelSection()
+    performance: PerformanceSection = Field(default=PerformanceSection(), json_schema_extra=APPLIED)
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
+    guard: GuardSection = Field(default=GuardSection(), json_schema_extra=APPLIED)
     watch: WatchSection = WatchSection()
-    deepspeed: dict[str, Any] = Field(default_factory=dict, json_schema_extra=CHANGEABLE)
+    stall: StallSection = Field(default=StallSection(), json_schema_extra=FREE)
+    deepspeed: dict[str, Any] = Field(default_factory=dict, json_schema_extra=APPLIED)
     """DeepSpeed's own configuration, word for word; see `deepspeed_keys.py` for the keys that are ours."""
 
     @field_validator("deepspeed")
@@ -470,22 +377,39 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "RunConfig":
-        if self.precision == "bf16" and self.parallel.zero_stage == 0:
+        if self.start_from is None and self.start_with == "everything":
+            raise ValueError("start_with says what is taken of another run, and start_from names none; set start_from=PATH@STEP")
+        if self.start_from is not None and self.model.initial_weights is not None:
+            raise ValueError("start_from and model.initial_weights both say which weights the run begins with; remove one of the two")
+        if self.precision != "fp32" and self.parallel.zero_stage == 0:
             raise ValueError(
-                "precision bf16 with parallel.zero_stage 0 keeps no fp32 weights that could be resumed exactly (DeepSpeed has another "
-                "optimizer there); use zero_stage 1, which on one rank costs the same, or precision fp32"
+                f"precision {self.precision} with parallel.zero_stage 0 keeps no fp32 weights that could be resumed exactly (DeepSpeed has "
+                "another optimizer there); use zero_stage 1, which on one rank costs the same, or precision fp32"
             )
         if self.training.sequence_length > self.model.largest_context:
             raise ValueError(
                 f"training.sequence_length {self.training.sequence_length} is longer than model.largest_context "
                 f"{self.model.largest_context}; lower the one or raise the other"
             )
+        if self.optimizer.kind == "muon" and (self.precision, self.parallel.zero_stage) not in (("bf16", 1), ("fp32", 0)):
+            raise ValueError(
+                f"optimizer.kind muon needs precision bf16 with parallel.zero_stage 1, or fp32 with 0, found {self.precision} with "
+                f"{self.parallel.zero_stage}: elsewhere DeepSpeed clips the orthogonalised update instead of the gradient"
+            )
+        if self.optimizer.offload and self.parallel.zero_stage == 0:
+            raise ValueError("optimizer.offload needs parallel.zero_stage 1 to 3, found 0")
+        if self.model.implementation is not None and (self.objective.loss is not None or self.objective.z_loss):
+            raise ValueError(
+                "model.implementation computes its loss itself; objective.loss and objective.z_loss would change nothing: remove them"
+            )
+        if self.objective.kind == "prefix" and not self.training.separate_documents:
+            raise ValueError("objective.kind prefix needs training.separate_documents: true; a prefix is that of one document")
         training = self.training
         starts = [training.first_sample(stage.from_tokens) for stage in self.mixture.stages]
-        if starts[-1] >= training.total_steps * training.global_batch_samples or len(set(starts)) < len(starts):
+        if starts[-1] >= training.steps.total_samples or len(set(starts)) < len(starts):
             raise ValueError(
-                f"mixture.stages begin at samples {starts} of {training.total_steps * training.global_batch_samples} (whole steps of "
-                f"{training.global_batch_samples}); each needs a step of its own before the run's end: move from_tokens, or remove a stage"
+                f"mixture.stages begin at samples {starts} of {training.steps.total_samples} (whole steps of "
+                f"{training.steps.spell_sizes()}); each needs a step of its own before the run's end: move from_tokens, or remove a stage"
             )
         for stage in self.mixture.stages:
             if stage.sequence_length is not None and training.sequence_length % stage.sequence_length:
@@ -497,7 +421,7 @@ class RunConfig(Section):
                 f"data.tokenizer.vocabulary_size {self.data.tokenizer.vocabulary_size} does not fit into "
                 f"model.vocabulary_size {self.model.vocabulary_size}; the model's must be at least as large"
             )
-        total = self.training.total_steps * self.training.tokens_per_step
+        total = training.steps.total_tokens
         if self.schedule.kind == "cosine" and self.schedule.decay_tokens is not None:
             raise ValueError("schedule.decay_tokens is for kind warmup_stable_decay; a cosine falls from the warm-up to the end: remove it")
         fall = self.schedule.decay_tokens or 0
@@ -511,24 +435,3 @@ class RunConfig(Section):
         if self.run.deterministic and isinstance(zero, dict) and cast("dict[str, Any]", zero).get("overlap_comm"):
             raise ValueError("run.deterministic needs deepspeed.zero_optimization.overlap_comm to be false (its order of sums varies)")
         return self
-
-
-def differing_keys(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys of two configurations that differ and may not, when `now` continues the run of `before`.
-
-    Returns: dotted key -> (value of the run folder, value asked for). Empty: the run may go on.
-    """
-
-    def walk(section: type[BaseModel], one: Any, two: Any, prefix: str) -> dict[str, tuple[Any, Any]]:
-        found: dict[str, tuple[Any, Any]] = {}
-        for key, field in section.model_fields.items():
-            old, new = getattr(one, key), getattr(two, key)
-            if old == new or field.json_schema_extra == CHANGEABLE:
-                continue
-            if isinstance(old, BaseModel) and isinstance(new, BaseModel) and type(old) is type(new):
-                found |= walk(type(old), old, new, f"{prefix}{key}.")
-            else:
-                found[prefix + key] = (old, new)
-        return found
-
-    return walk(RunConfig, before, now, "")

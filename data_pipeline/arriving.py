@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from configs.durable import write_file
 from configs.errors import UserError
 from configs.sealed import seal, sealed_text, unseal
-from data_pipeline.manifest import FORMAT_VERSION, UNITS, VERSION_OF, Record, ShardRecord, Split
+from data_pipeline.manifest import FORMAT_VERSION, UNITS, VERSION_OF, Split
+from data_pipeline.records import Record, ShardRecord
 
 ARRIVING = "arriving.json"
 UNIT = "unit.json"

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from configs.data_section import DataSection
 from configs.durable import remove_folders, sha256_of_file, write_file
 from configs.errors import UserError
-from configs.schema import DataSection
 from configs.sealed import seal, unseal
 from data_pipeline.arriving import ARRIVING, UNIT, Arriving, UnitToCome, place_shard, write_arriving
 from data_pipeline.changes import check_sizes, describe_configuration, describe_plan, find_changes, write_plan
@@ -25,21 +25,12 @@ from data_pipeline.committed import TEMPORARY_PREFIX, settle_folders
 from data_pipeline.dedup import find_duplicates, load_duplicates
 from data_pipeline.disk import check_room, explain_file_errors
 from data_pipeline.documents import place_document
+from data_pipeline.encoding import open_encoder
 from data_pipeline.execution import Engine, Failed, Run, open_ray
-from data_pipeline.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    UNITS,
-    DocumentCounts,
-    Manifest,
-    ShardRecord,
-    load_manifest,
-    write_manifest,
-)
+from data_pipeline.manifest import FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER, UNITS, Manifest, load_manifest, write_manifest
 from data_pipeline.ownership import OWNER, own_folder, scratch_folder
 from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts, library_versions
+from data_pipeline.records import DocumentCounts, ShardRecord
 from data_pipeline.report import StageReport, describe_build, write_report
 from data_pipeline.sampling import SAMPLED_UNITS, Sample, SampleTask, sample_texts, take_sample
 from data_pipeline.shards import token_dtype
@@ -155,6 +146,9 @@ def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
     root, data = recipe.root, recipe.data
     _prepare_tokenizer(recipe, plan, report, run)
     recipe = replace(recipe, tokenizer_sha256=tokenizer_hash(root / TOKENIZER))
+    encoder = open_encoder(root / TOKENIZER, recipe.tokenizer_sha256, data.tokenizer.end_of_text, data.tokenizer.engine)
+    if encoder.fallback:
+        report(Progress("tokenizer", 1, 1, encoder.fallback))
     stages: list[StageReport] = []
     tasks, facts = _deduplicate(recipe, plan, report, run, stages) if data.deduplicate else ([UnitTask(recipe, u) for u in plan.units], {})
     settle_folders(root / UNITS, UNIT, [task.fingerprint() for task in tasks])
@@ -186,6 +180,7 @@ def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report, run: Run) -> 
         return
     files = [file for unit in plan.units for file in unit.files]
     trained_on = [settings.vocabulary_size, settings.training_bytes, settings.end_of_text, [len(unit.files) for unit in plan.units]]
+    trained_on += [settings.added_tokens] if settings.added_tokens else []
     fingerprint = hash_facts([cleaning_facts(recipe, files), trained_on])
     with suppress(OSError, ValueError):
         if unseal(origin.read_bytes()) == {"made_of": fingerprint, "tokenizer_sha256": tokenizer_hash(path)}:
@@ -207,7 +202,7 @@ def _prepare_tokenizer(recipe: Recipe, plan: Plan, report: Report, run: Run) -> 
     sampled = 0
     failures: list[str] = []
     texts = sample_texts(plan.units, settings.training_bytes, take, tell)
-    tokenizer = train_tokenizer(texts, settings.vocabulary_size, settings.end_of_text)
+    tokenizer = train_tokenizer(texts, settings.vocabulary_size, settings.end_of_text, settings.added_tokens)
     if not sampled and failures:
         raise UserError(f"no document passes data.clean: {failures[0]}; mend that rule or its settings.")
     if not sampled:

@@ -11,15 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from configs.data_section import DataSection
 from configs.durable import write_file
 from configs.errors import UserError
-from configs.schema import DataSection
 from configs.sealed import seal, unseal
+from configs.section import APPLIED, FREE
 from data_pipeline.cleaning import RuleIdentity
 from data_pipeline.compare import differing_keys
 from data_pipeline.formats import hash_input
 from data_pipeline.input_file import InputFile
-from data_pipeline.manifest import PLAN, SPLITS, InputRecord, Manifest
+from data_pipeline.manifest import PLAN, SPLITS, Manifest
+from data_pipeline.records import InputRecord
 from data_pipeline.sources import Plan
 from data_pipeline.tokenizer import tokenizer_hash
 
@@ -29,6 +31,8 @@ def describe_configuration(data: DataSection) -> dict[str, Any]:
     configuration = data.model_dump(mode="json", exclude=_changeable(DataSection))
     for key in _changeable(type(data.tokenizer)):
         del configuration["tokenizer"][key]
+    if not data.tokenizer.added_tokens:  # so that a dataset from before there were any is still the same
+        del configuration["tokenizer"]["added_tokens"]
     if data.tokenizer.path is not None:
         del configuration["tokenizer"]["vocabulary_size"], configuration["tokenizer"]["training_bytes"]
     return configuration
@@ -127,7 +131,7 @@ def check_sizes(root: Path, manifest: Manifest) -> None:
 
 
 def _changeable(section: Any) -> set[str]:
-    return {name for name, field in section.model_fields.items() if field.json_schema_extra}
+    return {name for name, field in section.model_fields.items() if field.json_schema_extra in (FREE, APPLIED)}
 
 
 def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any, cast
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+from configs.data_section import RuleSection
 from configs.durable import sha256_of_file
 from configs.errors import UserError
 from configs.functions import load_function
-from configs.schema import RuleSection
 from data_pipeline import decontaminate, filters, language, normalize
 from data_pipeline.documents import Document, Dropped, Rule
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 from configs.durable import commit_folder, remove_folders, sha256_of_file
 from configs.errors import UserError
 from configs.sealed import seal, unseal
-from data_pipeline.manifest import FileRecord, Record
 from data_pipeline.ownership import is_owned_by
+from data_pipeline.records import FileRecord, Record
 
 TEMPORARY_PREFIX = ".tmp-"
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from configs.durable import sha256_of_file
 from configs.errors import UserError
-from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, ShardRecord, Split, load_manifest
+from data_pipeline.manifest import MANIFEST, SPLITS, Manifest, Split, load_manifest
+from data_pipeline.records import ShardRecord
 from data_pipeline.report import describe_sources
 from data_pipeline.show import BATCH_ROWS, input_parts, read_columns, tokenizer_facts
 

@@ -24,7 +24,7 @@ import zstandard
 from pydantic import Field
 
 from configs.errors import UserError
-from configs.schema import PositiveInt
+from configs.section import PositiveInt
 from data_pipeline.documents import Document
 from data_pipeline.filters import Paths, as_tuple
 

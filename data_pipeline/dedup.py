@@ -35,8 +35,8 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from configs.data_section import DeduplicationSection, NearDuplicatesSection
 from configs.durable import commit_folder, remove_folders, write_file
-from configs.schema import DeduplicationSection, NearDuplicatesSection
 from data_pipeline.minhash import Signatures
 from data_pipeline.signature_files import (
     BANDS,

@@ -25,6 +25,7 @@ LONGEST_PIECES = 10  # so many times as long may a piece be where there is no pl
 WINDOW_CHARACTERS = 200  # around a cut, encoded whole and in two parts to see that the cut changes nothing
 CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W\d_])")  # between a letter or digit and a space or new line before a letter
 CUT_TRIALS = 100
+PROBED_TOKENS = 64  # of a tokenizer's added tokens, so many are tried out in both engines when it is opened
 CHECKED_CHARACTERS = 20_000  # of a long text, its start is checked
 
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
@@ -46,29 +47,47 @@ class Encoder:
     vocabulary_size: int = 0
     """Highest id + 1; asking the tokenizer takes longer than encoding a document."""
     end_of_text_id: int = 0
+    fallback: str = ""
+    """Why `fast` is None although engine was auto; the build says it."""
 
 
 @lru_cache(maxsize=2)
 def open_encoder(path: Path, sha256: str, end_of_text: str, engine: Literal["auto", "fastokens", "tokenizers"]) -> Encoder:
-    """Load a tokenizer, once per process and content (`sha256`). Raises UserError: not usable, or not by the engine asked for."""
+    """Load a tokenizer, once per process and content (`sha256`). Raises UserError: not usable, or not by the engine asked for.
+
+    Where engine is auto, tokenizers encodes what fastokens does not read, or where it finds other added tokens in a text.
+    """
     reference = load_tokenizer(path, end_of_text)
-    fast = None
+    fast, problem = None, ""
     if engine != "tokenizers":
         try:
             # From the settings that `load_tokenizer` made, not from the file: truncation is off, the end of text is special.
             fast = fastokens.Tokenizer.from_json_str(reference.to_str())
+            if (text := _find_disagreement(Encoder(reference, fast))) is not None:
+                fast, problem = None, f"fastokens finds other added tokens than tokenizers in {text!r}"
         except Exception as error:  # the library raises no narrower type
-            if engine == "fastokens":
-                raise UserError(
-                    f"{path}: fastokens does not read this tokenizer ({error}); set data.tokenizer.engine to auto or tokenizers."
-                ) from None
-    return Encoder(reference, fast, vocabulary_size(reference), end_of_text_id(reference, end_of_text))
+            problem = f"fastokens does not read this tokenizer ({error})"
+        if problem and engine == "fastokens":
+            raise UserError(f"{path}: {problem}; set data.tokenizer.engine to auto or tokenizers.")
+    fallback = f"{problem}: tokenizers encodes, at a fraction of the speed" if problem else ""
+    return Encoder(reference, fast, vocabulary_size(reference), end_of_text_id(reference, end_of_text), fallback)
+
+
+def _find_disagreement(encoder: Encoder) -> str | None:
+    """A text of added tokens, beside one another and among letters and spaces, that the two engines encode differently; None: all agree."""
+    marks = [token.content for token in encoder.reference.get_added_tokens_decoder().values() if not token.special][:PROBED_TOKENS]
+    texts = [f"{before}{mark}{behind}" for mark in marks for before in ("", "a", "a ", mark) for behind in ("", "b", " b", mark)]
+    for text in [*texts, "".join(marks), " ".join(marks)] if marks else []:
+        if not check_ids(encoder, text, _encode_piece(encoder, text)):
+            return text
+    return None
 
 
 def encode(encoder: Encoder, texts: Sequence[str]) -> tuple[Ids, Offsets]:
     """Ids of all texts, one behind the other, and len(texts) + 1 places where each starts and the last ends.
 
-    A special token's spelling is ordinary text. A long text is cut where that changes no id. Raises UncuttableError.
+    A special token's spelling is ordinary text, that of another added token is the token. A long text is cut where that changes no
+    id. Raises UncuttableError.
     """
     if encoder.fast is not None and all(len(text) <= FAST_PIECE_CHARACTERS for text in texts):
         ids, offsets = encoder.fast.encode_batch_flat(list(texts), False, True)

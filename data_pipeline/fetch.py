@@ -22,8 +22,8 @@ import fsspec.core
 import pyarrow
 import pyarrow.parquet
 
+from configs.data_section import SourceSection
 from configs.errors import UserError
-from configs.schema import SourceSection
 from data_pipeline.input_file import InputFile, index_path
 from data_pipeline.json_lines import find_line_start, reading_from
 

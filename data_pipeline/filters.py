@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from configs.errors import UserError
-from configs.schema import Fraction, PositiveInt
+from configs.section import Fraction, PositiveInt
 from data_pipeline.documents import Document
 from data_pipeline.words import TERMINAL_PUNCTUATION, Words, analyse_words, count_sentences, count_words
 

@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from configs.data_section import SourceSection
 from configs.errors import UserError
 from configs.functions import load_function
-from configs.schema import SourceSection
 from data_pipeline.fetch import MAGIC, VERSION_SEPARATOR, check_secrets, describe_local, is_url, list_files, local_copy, open_file
 from data_pipeline.formats import call_function, first_fields
 from data_pipeline.hub import open_hub

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from configs.errors import UserError
-from configs.schema import Fraction
+from configs.section import Fraction
 from data_pipeline.documents import Document
 
 JUDGED_CHARACTERS = 10_000  # the rest of a long document would cost time and change nothing

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module without stubs
 
-from configs.schema import NearDuplicatesSection
+from configs.data_section import NearDuplicatesSection
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
 Places: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from configs.schema import DataSection
+from configs.data_section import DataSection
 from data_pipeline.cleaning import RuleIdentity
 from data_pipeline.input_file import InputFile
 from data_pipeline.manifest import FORMAT_VERSION

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.durable import remove_folders, write_file
-from data_pipeline.manifest import SPLITS, UNITS, Counts, Manifest, ShardRecord
+from data_pipeline.manifest import SPLITS, UNITS, Manifest
+from data_pipeline.records import Counts, ShardRecord
 from data_pipeline.tally import DROPPED, EXAMPLES
 
 REPORT = "report.json"

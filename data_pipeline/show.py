@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from configs.durable import sha256_of_file
 from configs.errors import UserError
-from data_pipeline.manifest import MANIFEST, SPLITS, TOKENIZER, Counts, Manifest, ShardRecord, Split, load_manifest
+from data_pipeline.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, Split, load_manifest
+from data_pipeline.records import Counts, ShardRecord
 from data_pipeline.report import EXAMPLES_FOLDER, describe_sources, sum_by_source, sum_packings
 from data_pipeline.shards import Shard, read_spans
 from data_pipeline.tokenizer import load_tokenizer

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from configs.schema import DeduplicationSection, NearDuplicatesSection
+from configs.data_section import DeduplicationSection, NearDuplicatesSection
 from data_pipeline.minhash import Signatures, band_hashes, has_words, signatures
 
 Array: TypeAlias = np.ndarray[Any, Any]

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from configs.data_section import DataSection
 from configs.errors import UserError
-from configs.schema import DataSection
 from data_pipeline.documents import Document, Rejected, TokenDocument
 from data_pipeline.fetch import REQUESTS, can_read_ranges, local_copy, open_file
 from data_pipeline.find import check_first_row, find_files, refuse_twice

@@ -20,9 +20,9 @@ from data_pipeline.committed import CommittedRecord, load_folder, make_folder, p
 from data_pipeline.disk import explain_file_errors
 from data_pipeline.documents import Document, Dropped, Rejected, TokenDocument
 from data_pipeline.input_file import InputFile
-from data_pipeline.manifest import DocumentCounts, InputRecord
 from data_pipeline.minhash import signature_version
 from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts
+from data_pipeline.records import DocumentCounts, InputRecord
 from data_pipeline.signature_files import Survey
 from data_pipeline.sources import WorkUnit, read_unit
 from data_pipeline.tally import Tally

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.documents import Dropped, Rejected
-from data_pipeline.manifest import DocumentCounts
+from data_pipeline.records import DocumentCounts
 
 QUARANTINE = "quarantine.jsonl"
 DROPPED = "dropped.jsonl"

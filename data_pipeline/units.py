@@ -22,9 +22,10 @@ from data_pipeline.dedup import REASONS, UnitDuplicates, load_duplicates
 from data_pipeline.disk import explain_file_errors
 from data_pipeline.documents import Document, Rejected, TokenDocument, place_document
 from data_pipeline.encoding import Encoder, UncuttableError, check_ids, encode, open_encoder
-from data_pipeline.manifest import SPLITS, UNITS, Counts, DocumentCounts, InputRecord, PackingRecord, ShardRecord, Split
+from data_pipeline.manifest import SPLITS, UNITS, Split
 from data_pipeline.packing import count_best_fit, count_chopped, pack_documents, packs_name, write_packs
 from data_pipeline.recipe import Recipe, cleaning_facts, hash_facts, token_facts
+from data_pipeline.records import Counts, DocumentCounts, InputRecord, PackingRecord, ShardRecord
 from data_pipeline.shards import DocumentSpan, ShardWriter, token_dtype, write_spans
 from data_pipeline.sources import WorkUnit
 from data_pipeline.survey import RECORD as SURVEY_RECORD

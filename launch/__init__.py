@@ -1,4 +1,4 @@
 """Where a run happens, never what it does: it starts `pretrain` by its command line.
 
-The room for cluster launchers. Today `pretrain train` is started by hand (or by your own batch script) on one machine.
+In: a run file and a cluster file. Out: a `LaunchPlan` (`plan.py`), and what one launcher of a cluster makes of it: a module for each.
 """

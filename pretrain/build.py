@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from configs.schema import DataSection
+from configs.data_section import DataSection
 from data_pipeline.report import describe_sources
 from pretrain.data.remote import refuse_remote
 from pretrain.data_view import SHOWN_ROWS, Rows, tabulate_reasons, tabulate_sources

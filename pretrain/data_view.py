@@ -16,8 +16,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from configs.errors import UserError
-from data_pipeline.manifest import MANIFEST, TOKENIZER, dataset_bytes, load_manifest, verify_dataset
+from data_pipeline.manifest import MANIFEST, TOKENIZER, load_manifest
 from data_pipeline.show import ShownDocument
+from data_pipeline.verify import dataset_bytes, verify_dataset
 from pretrain.page import LINE_SECONDS, Page, make_visible, spell_duration, spell_megabytes, spell_rate
 
 SHOWN_ROWS = 12

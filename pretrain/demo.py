@@ -10,24 +10,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
+from math import gcd
 from pathlib import Path
 from statistics import median
 
 import yaml
 from rich.console import Console
 
+from configs.changes import differing_keys
 from configs.durable import write_file
-from configs.errors import UserError
+from configs.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
 from configs.loader import PACKAGED, dump_config, load_config
-from configs.schema import RunConfig, differing_keys
+from configs.schema import RunConfig
 from data_pipeline.manifest import load_manifest
 from data_pipeline.shards import Shard
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.build import build_with_progress
 from pretrain.checkpoint.verify import is_committed, list_commits, read_commit
 from pretrain.run.folder import RunFolder
-from pretrain.run.outcome import EXIT_DONE, EXIT_RESUMABLE
 from pretrain.run.signals import end_with_parent
 from pretrain.watch.metrics import METRICS_FILE, read_rows
 from pretrain.write import write_text
@@ -81,7 +84,7 @@ def run_demo(corpus: Path | None, prompt: str | None, packaged: Path = RUN_FILE)
         f"  run         {folder.path}: {newest.state.step} steps, {newest.state.tokens_seen:,} tokens, "
         f"{len(folder.attempts())} attempts\n"
         f"  held out    {comparison}\n"
-        f"  data wait   {describe_data_wait(folder, config.training.tokens_per_step)}\n"
+        f"  data wait   {describe_data_wait(folder, config.training.sequence_length, config.training.steps.samples_before)}\n"
         f"next:\n"
         f'  pretrain generate {_short(folder.path)} --prompt "class " --temperature 0.5\n'
         f"  pretrain checkpoints verify {_short(folder.path)}\n"
@@ -101,8 +104,10 @@ def _compare_with_xz(dataset: Path, config: RunConfig, folder: RunFolder) -> str
     return f"{len(text):,} bytes: model {model_bits:.3f} bits per byte, xz -9 in 64 kB blocks {xz_bits:.3f} (model {verdict})"
 
 
-def describe_data_wait(folder: RunFolder, tokens_per_step: int) -> str:
+def describe_data_wait(folder: RunFolder, num_tokens: int, samples_before: Callable[[int], int] = int) -> str:
     """The share of its time that training (rank 0) waited for data: of all logged steps, and the median of the rows that log them.
+
+    samples_before: how many samples, each of `num_tokens` tokens, are seen before a step; int: one is seen in each.
 
     A row spans the steps since the row before it, or since its attempt began: the first one of an attempt also holds the wait for
     what is read first. Saves and evaluations between steps are part of the time. Steps that no row tells of are left out.
@@ -115,9 +120,9 @@ def describe_data_wait(folder: RunFolder, tokens_per_step: int) -> str:
             continue
         begin = begins.get(row["attempt"]) or 0
         # An attempt that crashed does not know its beginning.
-        steps = row["step"] - (begin if last_step < begin < row["step"] else last_step)
-        took = steps * tokens_per_step / row["tokens_per_second"]
-        last_step, num_steps, seconds = row["step"], num_steps + steps, seconds + took
+        first_step = begin if last_step < begin < row["step"] else last_step
+        took = (samples_before(row["step"]) - samples_before(first_step)) * num_tokens / row["tokens_per_second"]
+        last_step, num_steps, seconds = row["step"], num_steps + row["step"] - first_step, seconds + took
         seconds_waited += row["data_wait_share"] * took
         shares.append(row["data_wait_share"])
     if not shares:
@@ -165,7 +170,7 @@ def choose_run(corpus: Path | None, packaged: Path) -> RunConfig:
 
     base = load_config(packaged, overrides)
     if devices := torch.cuda.device_count():
-        samples = base.training.global_batch_samples
+        samples = gcd(*base.training.steps.sizes)
         ranks = max(n for n in range(1, devices + 1) if samples % n == 0)
         overrides += [f"parallel.processes={ranks}", f"training.micro_batch_samples={samples // ranks}"]
     for number in range(1, 1000):
@@ -186,11 +191,7 @@ def load_name(corpus: Path) -> str:
 
 def _train(run_file: Path, folder: RunFolder, stop_at_step: int | None) -> int:
     """`pretrain train RUN.yaml` in a process of its own; at a step, ask it to stop as a scheduler would (SIGTERM)."""
-    stop_with_us = partial(end_with_parent, signal.SIGTERM)  # a demo that is killed leaves no training behind
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pretrain.cli", "train", str(run_file)], preexec_fn=stop_with_us, env={**os.environ, "PYTHONSAFEPATH": "1"}
-    )
-    try:
+    with start_training(run_file) as process:
         while process.poll() is None:
             time.sleep(0.5)
             rows = read_rows(folder.path / METRICS_FILE) if stop_at_step is not None else []
@@ -198,6 +199,17 @@ def _train(run_file: Path, folder: RunFolder, stop_at_step: int | None) -> int:
                 process.send_signal(signal.SIGTERM)
                 stop_at_step = None
         return process.returncode
+
+
+@contextmanager
+def start_training(run_file: Path) -> Generator[subprocess.Popen[bytes], None, None]:
+    """`pretrain train RUN.yaml` in a process of its own; nothing of it is left behind."""
+    stop_with_us = partial(end_with_parent, os.getpid(), signal.SIGTERM)  # a demo that is killed leaves no training behind
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain.cli", "train", str(run_file)], preexec_fn=stop_with_us, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
+    try:
+        yield process
     except KeyboardInterrupt:
         process.wait(60)  # Ctrl-C reached it too: it is saving
         raise

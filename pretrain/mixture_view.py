@@ -12,8 +12,9 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from data_pipeline.manifest import ShardRecord, load_manifest
+from data_pipeline.manifest import load_manifest
 from data_pipeline.packing import count_chopped
+from data_pipeline.records import ShardRecord
 from data_pipeline.report import describe_packing, sum_packing
 from data_pipeline.shards import Shard
 from pretrain.checkpoint.verify import newest_readable_commit
@@ -41,7 +42,7 @@ def check_repeats(config: RunConfig) -> list[str]:
 def _judge_repeats(config: RunConfig, order: DataOrder) -> list[str]:
     limit = config.mixture.max_epochs
     training = config.training
-    total = training.total_steps * training.global_batch_samples
+    total = training.steps.total_samples
     epochs, cursors = order.epochs(total), order.mixture.cursors(total)
     often = [source for source in order.sources if epochs[source.name] > (limit or GOOD_EPOCHS)]
     if not often:
@@ -65,17 +66,18 @@ def _judge_repeats(config: RunConfig, order: DataOrder) -> list[str]:
 
 
 def _largest_total(config: RunConfig, order: DataOrder, limit: float) -> int | None:
-    """The most tokens in whole steps for which no source is seen more often; None where the last stage would not begin."""
-    training = config.training
-    fits, too_many = 0, training.total_steps
+    """The most tokens in whole steps for which no source is seen more often; None where the last stage or size of a step is not reached."""
+    steps = config.training.steps
+    fits, too_many = 0, steps.total_steps
     while fits < too_many - 1:
         middle = (fits + too_many) // 2
-        if max(order.epochs(middle * training.global_batch_samples).values()) <= limit:
+        if max(order.epochs(steps.samples_before(middle)).values()) <= limit:
             fits = middle
         else:
             too_many = middle
-    begins = order.mixture.stages[-1].first_sample < fits * training.global_batch_samples
-    return fits * training.tokens_per_step if begins else None
+    num_samples = steps.samples_before(fits)
+    begins = max(order.mixture.stages[-1].first_sample, steps.phases[-1].first_sample) < num_samples
+    return num_samples * config.training.sequence_length if begins else None
 
 
 def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, An
     order = _order(config)
     if progress := newest_readable_commit(RunFolder.of(config).checkpoints):
         order = order.skipping(progress.state.skipped_samples)
-    total = training.total_steps * training.global_batch_samples
+    total = training.steps.total_samples
     end = _number_behind(order, total)
     bounds = [*(stage.first_sample for stage in order.mixture.stages), end]
     stages: list[dict[str, Any]] = []
@@ -98,8 +100,8 @@ def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, An
         before = sum(_count(order, 0, first).values())
         stages.append(
             {
-                "first_step": before // training.global_batch_samples + 1,
-                "num_steps": sum(seen.values()) // training.global_batch_samples,
+                "first_step": training.steps.step_of(before) + 1,
+                "num_steps": training.steps.step_of(before + sum(seen.values())) - training.steps.step_of(before),
                 "first_token": before * training.sequence_length,
                 "num_tokens": sum(seen.values()) * training.sequence_length,
                 "sequence_length": stage.sequence_length,
@@ -112,7 +114,7 @@ def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, An
             }
         )
     seen, built = _count(order, 0, end), _measure_sources(config, order)
-    now = None if step is None else _count(order, 0, _number_behind(order, step * training.global_batch_samples))
+    now = None if step is None else _count(order, 0, _number_behind(order, training.steps.samples_before(step)))
     sources = {
         source.name: {"samples_per_epoch": source.num_samples}
         | built[source.name]
@@ -125,6 +127,7 @@ def describe_mixture(config: RunConfig, step: int | None = None) -> dict[str, An
         "packing": training.packing,
         "sequence_length": training.sequence_length,
         "global_batch_samples": training.global_batch_samples,
+        "batch_ramp": [section.model_dump() for section in training.batch_ramp],
         "total_steps": training.total_steps,
         "total_tokens": total * training.sequence_length,
         "max_epochs": config.mixture.max_epochs,
@@ -213,8 +216,9 @@ def _list_problems(config: RunConfig, order: DataOrder) -> list[str]:
 def tell_mixture(found: dict[str, Any], page: Page) -> None:
     """What `describe_mixture` found."""
     length = found["sequence_length"]
+    smaller = "".join(f"{section['global_batch_samples']:,} to " for section in found["batch_ramp"][:1])
     page.say(
-        f"{found['dataset']}: {found['total_steps']:,} steps of {found['global_batch_samples']:,} samples of {length:,} tokens, "
+        f"{found['dataset']}: {found['total_steps']:,} steps of {smaller}{found['global_batch_samples']:,} samples of {length:,} tokens, "
         f"{found['total_tokens']:,} tokens; packing {found['packing']}"
     )
     for number, stage in enumerate(found["stages"], 1):

@@ -15,7 +15,8 @@ class TrainState:
     skipped_steps: int = 0
     """Steps whose update DeepSpeed did not apply (a gradient was not finite)."""
     skipped_samples: tuple[tuple[int, int], ...] = ()
-    """Ranges [first, end) of sample numbers that are left out of the order on purpose."""
+    """Ranges [first, end) of sample numbers that are left out of the order on purpose. A branch on other data than its parent's begins
+    with (0, -N): N samples were seen of the parent's data, and the numbers of its own begin at 0 behind them."""
 
     def advance(self, num_samples: int, num_tokens: int, applied: bool) -> "TrainState":
         """The state after one more step."""

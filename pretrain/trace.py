@@ -18,8 +18,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from configs.errors import UserError
-from data_pipeline.manifest import SPLITS, TOKENIZER, ShardRecord, Split, load_manifest
+from data_pipeline.manifest import SPLITS, TOKENIZER, Split, load_manifest
 from data_pipeline.packing import packs_name, read_packs
+from data_pipeline.records import ShardRecord
 from data_pipeline.shards import Shard
 from data_pipeline.show import SHOWN_NAMESAKES, read_columns
 from data_pipeline.tokenizer import load_tokenizer
@@ -141,7 +142,7 @@ class Trace:
     @cached_property
     def end(self) -> int:
         """The number behind the run's last sample."""
-        return int(self.order.numbers(self.training.total_steps * self.training.global_batch_samples - 1, 1)[0]) + 1
+        return int(self.order.numbers(self.training.steps.total_samples - 1, 1)[0]) + 1
 
     # --- forward --------------------------------------------------------------------------------------------
 
@@ -150,8 +151,8 @@ class Trace:
         if not 1 <= first <= last <= self.training.total_steps:
             asked = f"step {first}" if first == last else f"steps {first} to {last}"
             raise UserError(f"{self.run.path} has the steps 1 to {self.training.total_steps}, the first update being 1; asked for {asked}.")
-        num_samples = self.training.global_batch_samples
-        return self._samples(self.order.numbers((first - 1) * num_samples, (last - first + 1) * num_samples), source, num_characters)
+        begin, end = (self.training.steps.samples_before(step) for step in (first - 1, last))
+        return self._samples(self.order.numbers(begin, end - begin), source, num_characters)
 
     def sample(self, number: int, num_characters: int = 0) -> Sample:
         """What one sample of the order is made of. Raises UserError for a number beyond the run's end."""
@@ -186,7 +187,8 @@ class Trace:
         seen = self.order.seen_before(number)
         if seen is None:
             return None, None
-        return seen // self.training.global_batch_samples + 1, seen % self.training.global_batch_samples
+        step = self.training.steps.step_of(seen)
+        return step + 1, seen - self.training.steps.samples_before(step)
 
     def _find_parts(self, file: int, targets: Sequence["_Target"], limit: int) -> list[tuple[Sample, Part, list[int]]]:
         """The documents that pieces in a shard are made of, each with its first tokens, `limit` at most, but for the end of text."""
@@ -393,8 +395,13 @@ def _read_rows(prefix: Path, numbers: Sequence[int]) -> dict[int, tuple[str, str
 
 def describe_run(trace: Trace) -> dict[str, Any]:
     """What every answer begins with."""
-    steps = {"total_steps": trace.training.total_steps, "global_batch_samples": trace.training.global_batch_samples}
-    return {"run": str(trace.run.path), **steps, "samples_seen": trace.samples_seen}
+    return {
+        "run": str(trace.run.path),
+        "total_steps": trace.training.total_steps,
+        "global_batch_samples": trace.training.global_batch_samples,
+        "batch_ramp": [section.model_dump() for section in trace.training.batch_ramp],
+        "samples_seen": trace.samples_seen,
+    }
 
 
 def tell_samples(trace: Trace, samples: Sequence[Sample], page: Page) -> None:
@@ -438,4 +445,4 @@ def _sighting_row(one: Sighting) -> list[str]:
 def _tell_run(trace: Trace, page: Page) -> None:
     training, progress = trace.training, trace.progress
     newest = "no commit yet" if progress is None else f"its newest commit is of step {progress.state.step:,}"
-    page.say(f"{trace.run.path}: {training.total_steps:,} steps of {training.global_batch_samples:,} samples; {newest}")
+    page.say(f"{trace.run.path}: {training.total_steps:,} steps of {training.steps.spell_sizes()} samples; {newest}")

@@ -9,96 +9,197 @@ import random
 import sys
 import traceback
 import warnings
-from contextlib import closing, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 
 from configs.errors import UserError
+from configs.redaction import redact_output
 from configs.schema import RunConfig
-from pretrain.checkpoint.commit import newest_verified_commit, write_commit
-from pretrain.checkpoint.fragments import read_fragments, write_fragments
-from pretrain.checkpoint.random_state import describe_random_state, restore_random_state
-from pretrain.checkpoint.retention import remove_old_commits
-from pretrain.data.batches import Batches, held_out_batches
-from pretrain.data.corpus import open_corpus
-from pretrain.data.order import DataOrder
-from pretrain.engine.optimizer import learning_rate, set_learning_rate
+from pretrain.checkpoint.arena import Answer, Arena
+from pretrain.checkpoint.commit import Saves, StartWriting
+from pretrain.checkpoint.fragments import (
+    check_slices,
+    image_of,
+    owned_bytes,
+    owned_slices,
+)
+from pretrain.checkpoint.layouts import StateLayout
+from pretrain.checkpoint.places import Place
+from pretrain.checkpoint.random_state import describe_random_state
+from pretrain.checkpoint.self_test import save_and_load
+from pretrain.checkpoint.set_aside import step_of
+from pretrain.checkpoint.verify import list_commits
+from pretrain.data.batches import Batches, Objective, held_out_batches
+from pretrain.data.corpus import Corpus, open_corpus
+from pretrain.data.fill_in_the_middle import open_fill_in_the_middle
+from pretrain.data.objective import open_objective
+from pretrain.engine.finite import spread_not_finite
+from pretrain.engine.optimizer import rate_share, set_learning_rate
 from pretrain.engine.parallel import Layout, initialize_layout
-from pretrain.engine.setup import initialize_engine
-from pretrain.model.decoder import Decoder, initialize_weights
+from pretrain.engine.replicas import CorruptReplicaError, compare_replicas
+from pretrain.engine.setup import set_global_batch
+from pretrain.engine.speed import announce_compiling, choose_attention
+from pretrain.evaluate_tasks import open_scoring
 from pretrain.run.folder import RunFolder
+from pretrain.run.guard import NUM_LOSSES, Guard, Skip, Spike, StepNumbers, first_spike
+from pretrain.run.heartbeat import UNHEARD, Pulse
 from pretrain.run.lease import holds_lease
 from pretrain.run.outcome import OUTCOME_FOLDER_VARIABLE, Outcome, announce_ready, write_outcome
+from pretrain.run.rollback import plan_rollback
 from pretrain.run.signals import StopRequest, end_with_parent
-from pretrain.state import TrainState
-from pretrain.watch.evaluate import evaluate
+from pretrain.start import begin
+from pretrain.watch.evaluate import HeldOut, evaluate
 from pretrain.watch.journal import Journal
+from pretrain.watch.slow_ranks import Pace
 from pretrain.watch.verdicts import Verdicts
 
 
-def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop: StopRequest) -> Outcome:
+def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop: StopRequest, pulse: Pulse = UNHEARD) -> Outcome:
     """Train from the newest commit (or from nothing) to the end, or until a stop is agreed on. Collective."""
     training, total_steps = config.training, config.training.total_steps
-    corpus = open_corpus(config)
-    model = Decoder(config.model)
-    initialize_weights(model, config.run.seed)
-    engine = initialize_engine(config, layout, model)
-    order = DataOrder(corpus.sources, config.mixture, training, config.run.seed)
-    start = state = resume(engine, run, order, corpus.tokenizer_sha256, layout)
-    order = order.skipping(state.skipped_samples)
+    engine, corpus, order, start, places, rollbacks, code, is_new = begin(config, run, layout)
+    state, rearrange, objective = start, open_fill_in_the_middle(config), open_objective(config)
     batches = Batches(
-        corpus, order, training, layout.data_rank, layout.data_size, layout.device, state.samples_seen, lambda: open_corpus(config)
-    )
-    verdicts = Verdicts(layout)
+        corpus, order, training, layout.data_rank, layout.data_size, layout.device, state.samples_seen, lambda: open_corpus(config),
+        rearrange, objective,
+    )  # fmt: skip
+    verdicts, score, pace = Verdicts(layout), open_scoring(config, engine, layout), Pace(layout)
+    arena = Arena(owned_bytes(engine))
+    saves = Saves(places, attempt, lambda: holds_lease(run, attempt))
+    if is_new and config.checkpoint.self_test:
+        save_and_load(engine, arena, run.checkpoints, attempt)
 
-    with Journal(config, run.path, attempt, state, is_writer=layout.rank == 0) as journal, closing(batches):
-        stopping = not data_is_there(config, batches, layout, stop, journal)
+    with Journal(config, run.path, attempt, state, is_writer=layout.rank == 0) as journal, closing(batches), closing(arena):
+        journal.say(choose_attention(config, layout.device) + announce_compiling(config, layout.device))
+        journal.rollbacks(state, [asdict(one) for one in rollbacks])
+        guard = Guard(config.guard, config.precision == "fp16", layout.gather(journal.losses(NUM_LOSSES))[0])
+        stopping = not data_is_there(config, batches, layout, stop, journal, pulse)
         while state.step < total_steps and not stopping:
-            rate = learning_rate(state.tokens_seen + training.tokens_per_step // 2, training, config.optimizer, config.schedule)
-            set_learning_rate(engine.optimizer, rate)
+            num_samples = training.steps.batch_at(state.samples_seen)
+            num_tokens = num_samples * training.sequence_length
+            set_global_batch(engine, num_samples)
+            share = rate_share(state.tokens_seen + num_tokens // 2, training, config.schedule)
+            set_learning_rate(engine.optimizer, share)
             micro_batches = batches.next_step()
-            num_valid = layout.sum_over_data_ranks(sum(batch.num_valid for batch in micro_batches))
+            num_valid = layout.total_over_data_ranks(sum(batch.num_valid for batch in micro_batches))
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(config.run.seed, state.step, micro_step, layout.data_rank)
-                loss = engine(batch.tokens_BT, batch.labels_BT, documents_BT=batch.documents_BT, positions_BT=batch.positions_BT)
+                with pace.forward():
+                    loss = engine(
+                        batch.tokens_BT, batch.labels_BT,
+                        documents_BT=batch.documents_BT, positions_BT=batch.positions_BT, prefix_BT=batch.prefix_BT,
+                    )  # fmt: skip
+                pulse.beat()
                 # The exact mean over the global batch's valid targets. DeepSpeed averages over the data ranks: their number is
-                # multiplied in. Its division by the accumulation is switched off.
-                engine.backward(loss * (layout.data_size / max(1.0, num_valid)), scale_wrt_gas=False)
+                # multiplied in. Its division by the accumulation is switched off. A step that is not finite is skipped by all ranks.
+                scale = (layout.data_size / num_valid.clamp(min=1.0)).float()
+                engine.backward(loss * spread_not_finite(scale, loss), scale_wrt_gas=False)
                 engine.step()
                 verdicts.add(loss)
-            state = state.advance(training.global_batch_samples, training.tokens_per_step, engine.was_step_applied())
-            verdicts.send(state.step, num_valid, stop.asked)
+            state = state.advance(num_samples, num_tokens, engine.was_step_applied())
+            verdicts.send(state.step, num_valid, stop.asked, saves.is_written, engine.was_step_applied())
 
             is_last = state.step == total_steps
             log_due = is_last or due(state.step, config.watch.log_every_steps)
             save_due = is_last or due(state.step, config.checkpoint.every_steps)
-            mean_loss, stopping = verdicts.read(now=log_due or save_due)
+            fast_due = len(places) > 1 and due(state.step, config.checkpoint.fast_every_steps)
+            told = verdicts.read(now=log_due or save_due)
+            saves.advance(told.step, told.num_written)
+            if slow := pace.after_step(batches.seconds_waited):
+                journal.slow_ranks(state, slow)
             if log_due:
-                journal.step(state, mean_loss, rate, gradient_norm(engine), batches.seconds_waited)
+                journal.step(state, told.loss, share * config.optimizer.peak_lr, gradient_norm(engine), batches.seconds_waited)
             if len(corpus.held_out) and (is_last or due(state.step, config.evaluate.every_steps)):
-                held_out = held_out_batches(
-                    corpus.held_out, training, config.evaluate.micro_batch_samples,
-                    layout.data_rank, layout.data_size, layout.device,
-                )  # fmt: skip
-                journal.held_out(state, evaluate(engine, held_out, corpus.held_out_bytes, layout.sum_over_data_ranks))
-            stopping = stopping or is_last or not data_is_there(config, batches, layout, stop, journal)
-            if save_due or stopping:
-                verdicts.read(now=True)  # nothing that is not finite is ever committed
+                journal.held_out(state, evaluate_held_out(engine, corpus, config, objective, layout, pulse, state.step))
+            if score is not None and (is_last or due(state.step, config.evaluate.tasks_every_steps)):
+                pulse.beat("score", state.step)
+                journal.scores(state, score())
+            stopping = told.stop_asked or is_last or not data_is_there(config, batches, layout, stop, journal, pulse)
+            if save_due or fast_due or stopping:
+                verdicts.read(now=True)  # nothing is committed that was not judged
+            compare_due = config.parallel.zero_stage < 3 and due(state.step, config.guard.compare_replicas_every_steps)
+            findings = judge(engine, guard, verdicts.news(), compare_due, saves, layout)
+            journal.findings(state, findings)
+            if config.guard.on_spike == "rollback" and (spike := first_spike(findings)):
+                saves.settle()  # it may be the one to go back to
+                plan = plan_rollback(spike, config, batches.order.numbers, committed_steps(run.checkpoints, layout), attempt, rollbacks)
+                return Outcome("rollback", str(plan), start.step, state.step, rollback=asdict(plan))
+            if save_due or fast_due or stopping:
+                pulse.beat("save", state.step)
                 identity = batches.order.identity(state.samples_seen) | {"tokenizer": corpus.tokenizer_sha256}
-                if problem := save(engine, run, state, identity, attempt, layout, config.checkpoint.keep):
-                    if is_last or stopping:
-                        raise UserError(f"{problem} Nothing partial was left; mend it and run the same command again.")
+                written = StateLayout.of(config, layout.world_size).to_json()
+                about = {"state": state, "loss": guard.finite_loss, "identity": identity, "code": code, "layout": written}
+                place, wait = places[0 if save_due or stopping else 1], stopping or not config.checkpoint.asynchronous
+                for problem in save(saves, place, lambda folder: start_writing(engine, arena, layout, folder), about, wait, stopping):
                     journal.say(f"WARNING: {problem} Training goes on.")
+            pulse.beat("step", state.step)
+        pulse.beat("end", state.step)
     if state.step < total_steps:
         message = f"stopped and saved at step {state.step} of {total_steps}; the same command goes on from there."
         return Outcome("stopped", message, start.step, state.step)
     return Outcome("done", f"done: {state.step} steps, {state.tokens_seen:,} tokens; {run.path}", start.step, state.step)
 
 
-def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: StopRequest, journal: Journal) -> bool:
+def evaluate_held_out(
+    engine: DeepSpeedEngine, corpus: Corpus, config: RunConfig, objective: Objective | None, layout: Layout, pulse: Pulse, step: int
+) -> HeldOut:
+    """The held-out loss of the weights as they are. Collective."""
+    batches = held_out_batches(
+        corpus.held_out, config.training, config.evaluate.micro_batch_samples, layout.data_rank, layout.data_size, layout.device, objective
+    )
+    num_bytes = None if objective else corpus.held_out_bytes
+    return evaluate(engine, pulse.each("evaluate", step, batches), num_bytes, layout.sum_over_data_ranks)
+
+
+def start_writing(engine: DeepSpeedEngine, arena: Arena, layout: Layout, folder: PurePath) -> Callable[[bool], Answer | None]:
+    """Copy this rank's part of the state, and have it written: see `StartWriting`. Raises RuntimeError where it is not the model's."""
+    check_slices(engine)
+    return arena.start(folder, image_of(engine, layout.rank, layout.world_size, {"random": describe_random_state()}))
+
+
+def save(saves: Saves, place: Place, write: StartWriting, about: dict[str, Any], wait: bool, is_end: bool) -> list[str]:
+    """Begin to save a step (`about`: see `Saves.begin`), and wait for the commit if asked to. Collective.
+
+    Returns what went wrong with this save or the one before it. Raises UserError where the end of an attempt cannot be saved.
+    """
+    earlier = saves.begin(place, write, **about)
+    problem = saves.settle() if wait else None
+    if problem and is_end:
+        raise UserError(f"{problem} Nothing partial was left; mend it and run the same command again.")
+    return [one for one in (earlier, problem) if one is not None]
+
+
+def judge(
+    engine: DeepSpeedEngine, guard: Guard, steps: Sequence[StepNumbers], compare_due: bool, saves: Saves, layout: Layout
+) -> list[Skip | Spike]:
+    """What is wrong with the next steps, and where asked for with the weights. Collective.
+
+    Raises UserError, or CorruptReplicaError, where the run must not go on: on all ranks, so the save in flight, whose steps were judged
+    before it began, is committed first.
+    """
+    try:
+        findings = guard.judge(steps)
+        if compare_due:
+            compare_replicas(engine, ((one.parameter, one.start, one.of(one.flat)) for one in owned_slices(engine)), layout)
+        return findings
+    except (UserError, CorruptReplicaError):
+        saves.settle()
+        raise
+
+
+def committed_steps(checkpoints: Path, layout: Layout) -> list[int]:
+    """The steps that are committed, as rank 0 sees it. Collective."""
+    return layout.gather([step_of(commit) for commit in list_commits(checkpoints)])[0]
+
+
+def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: StopRequest, journal: Journal, pulse: Pulse) -> bool:
     """Wait until every rank can read its part of the next step; False when a stop is asked for meanwhile.
 
     Data waits for training, but where it is still built, or comes from an object store that may be down; then this is a collective,
@@ -107,6 +208,8 @@ def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: Sto
     waited = 0
     while config.data.train_while_building or config.data.is_remote:
         ready, asked = batches.is_ready(timeout_seconds=1.0), stop.asked
+        if ready or batches.awaited_source or config.data.is_remote:
+            pulse.wait()
         if layout.sum_over_data_ranks(asked):
             return False
         if layout.sum_over_data_ranks(ready) == layout.data_size:
@@ -135,76 +238,33 @@ def gradient_norm(engine: DeepSpeedEngine) -> float | None:
     return None if norm is None else float(norm)
 
 
-def resume(engine: DeepSpeedEngine, run: RunFolder, order: DataOrder, tokenizer_sha256: str, layout: Layout) -> TrainState:
-    """The state of the newest verified commit, with the engine filled from it; step 0 where there is none. Collective."""
-
-    def say(text: str) -> None:
-        if layout.rank == 0:
-            with suppress(OSError):
-                print(text, file=sys.stderr, flush=True)
-
-    commit = newest_verified_commit(run.checkpoints, say)
-    if commit is None:
-        return TrainState()
-    state = commit.state
-    order = order.skipping(state.skipped_samples)
-    identity = order.identity(state.samples_seen) | {"tokenizer": tokenizer_sha256}
-    changed = sorted(key for key in commit.identity | identity if commit.identity.get(key) != identity.get(key))
-    if changed:
-        raise UserError(
-            f"{commit.folder} has seen {state.samples_seen} samples, and what the run file now names would have made them others: "
-            f"what differs: {', '.join(changed)}. mixture.stages may change from step {state.step} on (from_tokens: "
-            f"{order.next_token(state.samples_seen)} or more); put the rest back as it was, or start another run with run.name=NAME."
-        )
-    read_fragments(engine, commit.folder)
-    restore_random_state(commit.folder, commit.world_size)
-    engine.global_steps, engine.skipped_steps = commit.state.step, commit.state.skipped_steps
-    say(f"resumed from {commit.folder.name}, every byte verified")
-    return commit.state
-
-
-def save(
-    engine: DeepSpeedEngine, run: RunFolder, state: TrainState, identity: dict[str, str], attempt: int, layout: Layout, keep: int
-) -> str | None:
-    """Commit the state and remove commits beyond `keep`. Collective. Returns what went wrong, in a sentence, or None."""
-    problem = write_commit(
-        run.checkpoints,
-        state,
-        write_rank_files=lambda folder: write_fragments(
-            engine, folder, layout.rank, layout.world_size, {"random": describe_random_state()}
-        ),
-        identity=identity,
-        attempt=attempt,
-        still_ours=lambda: holds_lease(run, attempt),
-    )
-    if problem is None and layout.rank == 0:
-        remove_old_commits(run.checkpoints, keep)
-    return f"step {state.step} could not be saved: {problem}." if problem else None
-
-
 def main() -> int:
-    """One rank: `python -m pretrain.train RUN_FOLDER ATTEMPT`, started by the supervisor."""
-    end_with_parent()
+    """One rank: `python -m pretrain.train RUN_FOLDER ATTEMPT PARENT`, started by the process PARENT, with which it ends."""
+    end_with_parent(int(sys.argv[3]))
+    redact_output()
     warnings.filterwarnings(
         "ignore", message=r".*torch\.distributed\.\w+` is deprecated.*", category=FutureWarning
     )  # DeepSpeed's calls, not ours
-    stop = StopRequest()
     run, attempt, rank = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), int(os.environ.get("RANK", "0"))
+    stop = StopRequest(run.stop_file if rank == 0 else None)
     records = Path(os.environ[OUTCOME_FOLDER_VARIABLE])
     announce_ready(records)
+    pulse = Pulse.of_rank(records, rank)
     try:
         config = run.load_config()
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)
-        outcome = train(config, run, attempt, initialize_layout(), stop)
+        outcome = train(config, run, attempt, initialize_layout(), stop, pulse)
     except UserError as error:
         outcome = Outcome("mistake", str(error))
+    except CorruptReplicaError as error:
+        outcome = Outcome("defect", str(error), comes_again=True)
     except Exception:
         outcome = Outcome("defect", traceback.format_exc())
     write_outcome(records, rank, outcome)
     sys.stdout.flush()
     # Clean-up of libraries may hang where another rank is gone; the record is written, and nothing is left to save.
-    os._exit(0 if outcome.kind in ("done", "stopped") else 1)
+    os._exit(0 if outcome.kind in ("done", "stopped", "rollback") else 1)
 
 
 if __name__ == "__main__":

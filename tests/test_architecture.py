@@ -23,7 +23,7 @@ PACKAGES = ("configs", "data_pipeline", "pretrain", "launch")
 
 # What training reads of the pipeline: its files, never its stages.
 CONTRACT = (
-    *("data_pipeline.shards", "data_pipeline.manifest", "data_pipeline.tokenizer"),
+    *("data_pipeline.shards", "data_pipeline.manifest", "data_pipeline.records", "data_pipeline.tokenizer"),
     *("data_pipeline.arriving", "data_pipeline.checksums", "data_pipeline.packing"),
 )
 WINGS = ("pretrain.model", "pretrain.data", "pretrain.engine", "pretrain.checkpoint", "pretrain.run", "pretrain.watch")
@@ -38,27 +38,38 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pretrain.model": ("configs", "pretrain.state", *CONTRACT),
     "pretrain.data": ("configs", "pretrain.state", *CONTRACT),
     "pretrain.engine": ("configs", "pretrain.state", "pretrain.model", *CONTRACT),
-    "pretrain.checkpoint": ("configs", "pretrain.state", "pretrain.engine", "pretrain.data", *CONTRACT),
+    "pretrain.checkpoint": ("configs", "pretrain.state", "pretrain.engine", "pretrain.data", "pretrain.run.signals", *CONTRACT),
     "pretrain.watch": ("configs", "pretrain.state", "pretrain.engine", "pretrain.data", *CONTRACT),
     "pretrain.run": ("configs", "pretrain.state"),
     # The two pages that bring the wings together: one learns, one writes text.
-    "pretrain.train": ("configs", "pretrain.state", *WINGS, *CONTRACT),
+    "pretrain.train": ("configs", "pretrain.state", "pretrain.start", "pretrain.evaluate_tasks", *WINGS, *CONTRACT),
+    "pretrain.start": ("configs", "pretrain.state", *WINGS, *CONTRACT),
     "pretrain.write": ("configs", "pretrain.state", *WINGS, *CONTRACT),
+    "pretrain.evaluate_tasks": ("configs", "pretrain.state", "pretrain.write", *WINGS, *CONTRACT),
+    # Hugging Face out and in, and the proof that what is there is the same model.
+    "pretrain.proof": ("configs", "pretrain.model"),
+    "pretrain.hugging_face": ("configs", "pretrain.state", "pretrain.write", "pretrain.proof", *WINGS, *CONTRACT),
     # The conductors.
     "pretrain.cli": PACKAGES,
+    "pretrain.verbs": PACKAGES,
     "pretrain.demo": PACKAGES,
+    "pretrain.torture": PACKAGES,
     "pretrain.build": PACKAGES,
     "pretrain.data_view": PACKAGES,
     "pretrain.mixture_view": PACKAGES,
+    "pretrain.checkpoint_view": PACKAGES,
+    "pretrain.checkpoint_matrix": PACKAGES,
+    "pretrain.inspect_view": PACKAGES,
+    "pretrain.inspect_text": PACKAGES,
     "pretrain.trace": PACKAGES,
     "launch": ("configs",),
 }
 
 # Library -> the only places that import it.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "ray": ("data_pipeline", "launch.ray_job"),
+    "ray": ("data_pipeline", "launch.ray_job", "launch.ray_train"),
     "wandb": ("pretrain.watch",),
-    "deepspeed": ("pretrain.engine", "pretrain.checkpoint", "pretrain.train"),
+    "deepspeed": ("pretrain.engine", "pretrain.checkpoint", "pretrain.start", "pretrain.train"),
     "torch": ("pretrain", "launch.preflight"),
 }
 
@@ -66,6 +77,19 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 HEAVY = ("torch", "ray", "deepspeed", "wandb", "datasets", "pyarrow")
 
 FORBIDDEN_NAMES = {"util", "utils", "common", "helper", "helpers", "manager", "managers", "misc"}
+
+# What runs code that stands in data, and the only places where it is right. `shell=True` and `trust_remote_code=True` are nowhere.
+RUNS_FOREIGN_CODE = (
+    *("eval", "exec", "os.system", "os.popen", "pty.spawn", "tarfile.open", "shutil.unpack_archive", "logging.config.dictConfig"),
+    *("torch.load", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"),
+)
+FOREIGN_OBJECTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
+RIGHT_PLACES: dict[str, tuple[str, ...]] = {
+    "configs.loader": ("yaml.load",),  # with a SafeLoader that makes what JSON has
+    "data_pipeline.cleaning": ("eval",),  # of an annotation, of a function of the user's own
+    "pretrain.checkpoint.deepspeed_files": ("pickle", "torch.load"),  # DeepSpeed's own files, imported where a person asks for it
+    "pretrain.checkpoint.deepspeed_export": ("torch.load",),  # what was just written, to compare it
+}
 
 # Pages whose paths and commands have to exist. The folders are made by commands that the pages show.
 PAGES = ("README.md", "CONTRIBUTING.md")
@@ -201,6 +225,63 @@ def test_a_module_says_what_it_is_for(module: str) -> None:
     assert not tree.body or ast.get_docstring(tree), "the module has no docstring"
 
 
+# --- what runs code that stands in data --------------------------------------------------------------------
+
+
+def find_dangers(tree: ast.AST) -> set[str]:
+    """What a module calls or imports that may run code which a file, a name or a server holds."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found |= {name.split(".")[0] for name in names} & FOREIGN_OBJECTS
+            if isinstance(node, ast.ImportFrom):  # `from os import system`
+                found |= {f"{node.module}.{alias.name}" for alias in node.names} & set(RUNS_FOREIGN_CODE)
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in RUNS_FOREIGN_CODE:
+                found.add(name)
+            for keyword in node.keywords:
+                if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and not is_false(keyword.value):
+                    found.add(f"{keyword.arg}=")
+        elif isinstance(node, ast.Dict):
+            pairs = [(key.value, value) for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant)]
+            found |= {f"{key}=" for key, value in pairs if key in ("shell", "trust_remote_code") and not is_false(value)}
+    return found
+
+
+def is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_nothing_runs_code_that_stands_in_data(module: str) -> None:
+    found = find_dangers(ast.parse(SOURCES[module].read_text(encoding="utf-8")))
+    assert found - set(RIGHT_PLACES.get(module, ())) == set()
+
+
+@pytest.mark.parametrize("module", RIGHT_PLACES)
+def test_the_exceptions_are_still_needed(module: str) -> None:
+    assert set(RIGHT_PLACES[module]) <= find_dangers(ast.parse(SOURCES[module].read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "code",
+    (
+        *("import pickle", "from pickle import loads", "import os, dill", "from os import system", "os.system(x)", "eval(x)", "exec(x)"),
+        *("torch.load(x, weights_only=True)", "yaml.load(x, Loader=L)", "yaml.unsafe_load(x)", "np.load(x, allow_pickle=True)"),
+        *("subprocess.run(x, shell=True)", "run(x, shell=wanted)", "f(trust_remote_code=True)", "f(**{'trust_remote_code': True})"),
+    ),
+)
+def test_a_danger_would_be_found(code: str) -> None:
+    assert find_dangers(ast.parse(code))
+
+
+@pytest.mark.parametrize("code", ("np.load(x)", "run(x, shell=False)", "model.eval()", "f(**{'trust_remote_code': False})"))
+def test_what_is_harmless_is_taken(code: str) -> None:
+    assert not find_dangers(ast.parse(code))
+
+
 # --- what is installed -------------------------------------------------------------------------------------
 
 
@@ -214,7 +295,7 @@ def test_the_installed_package_holds_ours_and_no_tests() -> None:
     needed = {module if path.name == "__init__.py" else module.rpartition(".")[0] for module, path in SOURCES.items()}
     assert needed <= packages
     data = {path for pattern in settings["package-data"]["configs"] for path in (ROOT / "configs").glob(pattern)}
-    assert data == set((ROOT / "configs").rglob("*.yaml"))
+    assert data == {path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".jsonl")}
 
 
 # --- the pages ---------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.data_section import SOURCE_FORMATS
 from configs.deepspeed_keys import OWNED_KEYS
 from configs.loader import load_config
-from configs.schema import SOURCE_FORMATS
 from data_pipeline.build import build_dataset
 from data_pipeline.execution import open_here
 from data_pipeline.find import JSON_SUFFIXES, JSONL_SUFFIXES, TEXT_SUFFIXES, WARC_SUFFIXES

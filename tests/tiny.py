@@ -8,7 +8,8 @@ import numpy as np
 
 from configs.durable import sha256_of_file
 from data_pipeline.checksums import write_checksums
-from data_pipeline.manifest import FORMAT_VERSION, Counts, DocumentCounts, FileRecord, Manifest, ShardRecord, write_manifest
+from data_pipeline.manifest import FORMAT_VERSION, Manifest, write_manifest
+from data_pipeline.records import Counts, DocumentCounts, FileRecord, ShardRecord
 from data_pipeline.shards import DocumentSpan, ShardWriter, write_spans
 from data_pipeline.tokenizer import end_of_text_id, tokenizer_hash, train_tokenizer, vocabulary_size
 from pretrain.data.corpus import Corpus, hash_segment

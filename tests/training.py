@@ -13,22 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as distributed
+from deepspeed import DeepSpeedEngine
 
 from configs.loader import load_config
 from configs.schema import RunConfig
 from pretrain import train as loop
-from pretrain.checkpoint.fragments import owned_slices, read_fragments, state_hash, torch_optimizer, write_fragments
-from pretrain.checkpoint.verify import list_commits
+from pretrain.checkpoint.fragments import image_of, owned_slices, prepare_weights, read_fragments, refresh_weights, torch_optimizer
+from pretrain.checkpoint.index import FragmentIndex, state_hash
+from pretrain.checkpoint.verify import Commit, list_commits, read_commit, write_manifest
 from pretrain.data.batches import IGNORED_LABEL, Batches, MicroBatch
-from pretrain.engine.parallel import Layout
-from pretrain.engine.setup import initialize_engine
-from pretrain.model.decoder import Decoder, initialize_weights
+from pretrain.engine.parallel import Layout, initialize_layout
+from pretrain.engine.setup import construct_model, initialize_engine
+from pretrain.model.decoder import Decoder
+from pretrain.model.weights import initialize_weights
 from pretrain.run.folder import RunFolder
+from pretrain.state import TrainState
 
 TINY = {
     "model": (
         "{vocabulary_size: 320, num_layers: 2, width: 48, num_heads: 4, num_kv_heads: 2, feed_forward_width: 80, largest_context: 64, "
-        "tied_head: true, qk_norm: true, dropout: 0.1}"
+        "tied_head: true, qk_norm: head, dropout: 0.1}"
     ),
     "data.tokenizer.vocabulary_size": "300",
     "training": "{sequence_length: 32, global_batch_samples: 8, micro_batch_samples: 2, total_tokens: 2560}",
@@ -78,8 +82,7 @@ def this_rank() -> Layout:
     """The layout of this process in the group it has joined."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    return Layout(rank, size, rank, size, torch.device("cpu"))
+    return initialize_layout()
 
 
 def hold_lease(run: RunFolder, attempt: int) -> None:
@@ -105,11 +108,32 @@ def train_runs(dataset: str, runs: str, cases: dict[str, dict[str, str]], stop_a
             "steps": [outcome.first_step, outcome.last_step],
             "losses": [[row["step"], row["loss"].hex(), row["gradient_norm"], row["learning_rate"]] for row in rows if "loss" in row],
             "held_out": [[row["step"], row["held_out/bits_per_byte"]] for row in rows if "held_out/bits_per_byte" in row],
-            "hash": state_hash(newest) if layout.rank == 0 else None,
+            "scores": [[row["step"], row["task/arithmetic/exact_match"]] for row in rows if "task/arithmetic/exact_match" in row],
+            "hash": state_hash(read_commit(newest)) if layout.rank == 0 else None,
             "commit": newest.name,
         }
         distributed.barrier()
     return result
+
+
+def write(engine: DeepSpeedEngine, folder: Path, layout: Layout, state: TrainState) -> Commit:
+    """A folder with the files of all ranks and a manifest, without the protocol. Collective."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = layout.gather(image_of(engine, layout.rank, layout.world_size, {}).write(folder))
+    files = {name: record for one in records for name, record in one.items()}
+    commit = Commit(folder, state, files, {}, {}, layout.world_size, 1, 1.5, 0)
+    if layout.rank == 0:
+        write_manifest(commit)
+    distributed.barrier()
+    return commit
+
+
+def load(engine: DeepSpeedEngine, commit: Commit) -> None:
+    """Fill an engine from a commit that is whole. Collective."""
+    prepare_weights(engine)
+    with FragmentIndex(commit) as index:
+        read_fragments(engine, index)
+    refresh_weights(engine)
 
 
 def rewrite(dataset: str, runs: str, commit: str, copies: str, cases: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -124,15 +148,12 @@ def rewrite(dataset: str, runs: str, commit: str, copies: str, cases: dict[str, 
     for name, overrides in cases.items():
         config = tiny_config(dataset, runs, **overrides)
         model = Decoder(config.model)
-        initialize_weights(model, 99)  # other weights: whatever is right afterwards was read
+        initialize_weights(model, model.section, 99)  # other weights: whatever is right afterwards was read
         engine = initialize_engine(config, layout, model)
-        read_fragments(engine, Path(commit))
+        original = read_commit(Path(commit))
+        load(engine, original)
         folder = Path(copies) / name
-        if layout.rank == 0:
-            folder.mkdir(parents=True)
-        distributed.barrier()
-        write_fragments(engine, folder, layout.rank, layout.world_size, {})
-        distributed.barrier()
+        copy = write(engine, folder, layout, original.state)
         stale, public = [], {}
         for parameter_name, parameter in engine.module.named_parameters():
             public[parameter_name] = None
@@ -142,7 +163,7 @@ def rewrite(dataset: str, runs: str, commit: str, copies: str, cases: dict[str, 
                     if not torch.equal(parameter.detach().cpu(), full.to(parameter.dtype).view(parameter.shape).cpu()):
                         stale.append(parameter_name)
         result[name] = {
-            "hash": state_hash(folder),
+            "hash": state_hash(copy),
             "stale": stale,
             "slices": len(owned_slices(engine)),
             "optimizer": type(engine.optimizer).__name__,
@@ -150,8 +171,72 @@ def rewrite(dataset: str, runs: str, commit: str, copies: str, cases: dict[str, 
     return result
 
 
+def first_weights_of(dataset: str, runs: str, copies: str, cases: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Hash of the weights that each case begins with, and the most that a rank held of a parameter before the engine was made."""
+    layout, result = this_rank(), {}
+    for name, overrides in cases.items():
+        config = tiny_config(dataset, runs, **overrides)
+        model = construct_model(config, layout)
+        largest = max(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters())
+        engine = initialize_engine(config, layout, model)
+        folder = Path(copies) / name
+        result[name] = {"hash": state_hash(write(engine, folder, layout, TrainState())), "largest": largest}
+    return result
+
+
+def loss_scale_through_a_commit(dataset: str, runs: str, commit: str) -> dict[str, Any]:
+    """Write an fp16 engine whose loss scale stands somewhere, read it into a fresh one; what that has."""
+    layout = this_rank()
+    config = tiny_config(dataset, runs, precision="fp16", parallel__zero_stage="2")
+    engine = initialize_engine(config, layout, construct_model(config, layout))
+    scaler = engine.optimizer.loss_scaler
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis = 2.0**11, 37, 12, 1
+    written = write(engine, Path(commit), layout, TrainState())
+    fresh = initialize_engine(config, layout, construct_model(config, layout))
+    load(fresh, written)
+    return {key: getattr(fresh.optimizer.loss_scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+
+
+def masked_steps(dataset: str, runs: str, cases: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """`one_masked_step` of each case."""
+    return {name: one_masked_step(dataset, f"{runs}/{name}", overrides) for name, overrides in cases.items()}
+
+
+def compiled_steps(dataset: str, runs: str, cases: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Three steps of each case with compiled layers and with eager ones: losses, graphs of the layers, and what broke them.
+
+    With a backend that needs no C++ compiler: what is counted is dynamo's.
+    """
+    from functools import partial
+
+    from torch._dynamo.utils import counters
+
+    layout, result = this_rank(), {}
+    torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+    for name, overrides in cases.items():
+        losses: dict[str, list[float]] = {}
+        for kind in ("compiled", "eager"):
+            torch.compiler.reset()
+            counters.clear()
+            config = tiny_config(dataset, runs, model__dropout="0.0", performance__compile=str(kind == "compiled").lower(), **overrides)
+            engine = initialize_engine(config, layout, construct_model(config, layout))
+            tokens_BT = torch.arange(64).reshape(2, 32) % 300
+            documents_BT = (tokens_BT % 32 > 10).long()
+            losses[kind] = []
+            for _ in range(3):
+                for _ in range(config.training.accumulation(layout.data_size)):
+                    loss = engine(tokens_BT, tokens_BT, documents_BT=documents_BT)
+                    engine.backward(loss / 64, scale_wrt_gas=False)
+                    engine.step()
+                losses[kind].append(loss.item())
+            if kind == "compiled":
+                found = {"breaks": dict(counters["graph_break"]), "graphs": counters["stats"]["unique_graphs"]}
+        result[name] = {**found, **losses}
+    return result
+
+
 def one_masked_step(dataset: str, runs: str, overrides: dict[str, str]) -> dict[str, Any]:
-    """One step of the real loop in which every rank and micro-step has another number of valid targets."""
+    """One step (or more) of the real loop in which every rank and micro-step has another number of valid targets."""
     layout = this_rank()
     config = tiny_config(dataset, runs, run__name="masked", **overrides)
     run = RunFolder.of(config)
@@ -177,8 +262,10 @@ def one_masked_step(dataset: str, runs: str, overrides: dict[str, str]) -> dict[
         loop.train(config, run, 1, layout, StopAfter(None))
     finally:
         Batches.next_step = plain  # type: ignore[method-assign]
-    row = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])
-    return {"fed": fed, "loss": row["loss"], "gradient_norm": row["gradient_norm"], "commit": str(list_commits(run.checkpoints)[0])}
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    steps = [[row["loss"], row["gradient_norm"]] for row in rows if "loss" in row]
+    loss, gradient_norm = steps[0]
+    return {"fed": fed, "loss": loss, "gradient_norm": gradient_norm, "steps": steps, "commit": str(list_commits(run.checkpoints)[0])}
 
 
 def private_attributes(dataset: str, runs: str, cases: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -187,7 +274,7 @@ def private_attributes(dataset: str, runs: str, cases: dict[str, dict[str, str]]
     for name, overrides in cases.items():
         config = tiny_config(dataset, runs, **overrides)
         model = Decoder(config.model)
-        initialize_weights(model, 5)
+        initialize_weights(model, model.section, 5)
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
         engine = initialize_engine(config, layout, model)
         wrong, covered = [], dict.fromkeys(before, 0)

@@ -21,11 +21,12 @@ from benchmarks.mixed.documents import KEPT, MAIL_HOST, MAIL_PLACEHOLDERS, SOURC
 from configs.loader import load_config
 from data_pipeline.cleaning import bind_rules
 from data_pipeline.documents import Document, place_document
-from data_pipeline.manifest import SPLITS, UNITS, Manifest, load_manifest, verify_dataset
+from data_pipeline.manifest import SPLITS, UNITS, Manifest, load_manifest
 from data_pipeline.minhash import hash_shingles, hash_words
 from data_pipeline.shards import Shard, read_spans
 from data_pipeline.sources import plan_units, read_unit
 from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.verify import verify_dataset
 
 
 @dataclass(frozen=True)

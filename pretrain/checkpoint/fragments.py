@@ -1,29 +1,27 @@
-"""What is written: slices of parameters by name. What is read: any range of them, at any stage and world size.
+"""Between DeepSpeed's engine and slices by name: what a rank writes, and how an engine is filled from any commit.
 
-Each rank writes the fp32 weight and the optimizer's moments of the parameter slices it owns as one safetensors
-file, with a JSON beside it. A slice's key is `kind|parameter|start`; it is one row of float32 from the
-flattened parameter. Low-precision weights are not written: they are the fp32 weights, rounded.
+Each rank writes the fp32 weight and the optimizer's moments of the parameter slices it owns. A slice's key is `kind|parameter|start`; it is
+one row of elements of the flattened parameter. Low-precision weights are not written: they are the fp32 weights, rounded.
 
-What we read of DeepSpeed's insides is listed in `owned_slices` and `_refresh_weights` and nowhere else
+What we read of DeepSpeed's insides is listed in `owned_slices`, `prepare_weights` and `refresh_weights` and nowhere else
 (checked on 0.19.8; tests/pretrain/checkpoint/test_fragments.py holds a contract for each stage).
 """
 
-import hashlib
-import json
-import os
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from deepspeed import DeepSpeedEngine
+from torch import nn
 
-if TYPE_CHECKING:  # reading a checkpoint needs no DeepSpeed
-    from deepspeed import DeepSpeedEngine
+from pretrain.checkpoint.image import Image
+from pretrain.checkpoint.index import BUFFER, WEIGHT, FragmentIndex
 
-WEIGHT = "weight"
+HEADER_BYTES = 1 << 20
+"""Room for what is said beside the elements; where it is more, the arena grows."""
+COMPARED_AT_ONCE = 1 << 17
+"""Elements, on a CPU."""
+HYPER_PARAMETERS = ("name", "peak_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,20 @@ class OwnedSlice:
     """First element, counted in the flattened parameter."""
     count: int
     flat: torch.Tensor
-    """The fp32 tensor that holds it; also its key in the optimizer's state."""
+    """The fp32 tensor that holds it (of a frozen parameter: itself); also its key in the optimizer's state."""
     offset: int
     """Where it begins in `flat`."""
+    live: torch.Tensor | None
+    """The elements that the model computes with, shape [count], where they are not these."""
+    is_whole: bool = False
+    """Whether every rank holds it, so that each writes a share."""
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This slice's elements of `flat`, or of a moment of the same shape (a view, shape [count])."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)
 
 
-def torch_optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
+def torch_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The optimizer inside DeepSpeed's wrappers, whose `state` holds the moments."""
     optimizer = _wrapper(engine)
     while hasattr(optimizer, "optimizer"):
@@ -53,16 +55,21 @@ def torch_optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
     return optimizer
 
 
-def _wrapper(engine: "DeepSpeedEngine") -> Any:
+def _wrapper(engine: DeepSpeedEngine) -> Any:
     """DeepSpeed's own optimizer, whose insides no type describes."""
     return engine.optimizer
 
 
-def owned_slices(engine: "DeepSpeedEngine") -> list[OwnedSlice]:
-    """Every slice this rank holds. At stage 0 each rank holds everything."""
+def _module(engine: DeepSpeedEngine) -> nn.Module:
+    return cast(nn.Module, engine.module)
+
+
+def owned_slices(engine: DeepSpeedEngine) -> list[OwnedSlice]:
+    """Every slice this rank holds. At stage 0 each rank holds everything; frozen parameters lie whole below stage 3."""
     optimizer, names = _wrapper(engine), engine.param_names
     slices: list[OwnedSlice] = []
-    if engine.zero_optimization_stage() == 3:
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
         for sub_group, parameters in enumerate(optimizer.fp16_groups):
             flat = optimizer.fp32_partitioned_groups_flat[sub_group]
             for parameter in parameters:
@@ -70,8 +77,9 @@ def owned_slices(engine: "DeepSpeedEngine") -> list[OwnedSlice]:
                 start = optimizer._get_param_partition_rank(parameter) * share
                 count = min(share, parameter.ds_numel - start)  # the last rank's share may end in padding
                 if count > 0:
-                    slices.append(OwnedSlice(names[parameter], tuple(parameter.ds_shape), start, count, flat, offset))
-    elif engine.zero_optimization_stage() in (1, 2):
+                    live = parameter.ds_tensor.detach().view(-1)[:count]
+                    slices.append(OwnedSlice(names[parameter], tuple(parameter.ds_shape), start, count, flat, offset, live))
+    elif stage in (1, 2):
         bf16_optimizer = hasattr(optimizer, "bf16_groups")
         groups = optimizer.bf16_groups if bf16_optimizer else optimizer.bit16_groups
         flats = optimizer.fp32_groups_flat_partition if bf16_optimizer else optimizer.single_partition_of_fp32_groups
@@ -80,160 +88,138 @@ def owned_slices(engine: "DeepSpeedEngine") -> list[OwnedSlice]:
                 mapping = parameter._hp_mapping  # None where this rank owns nothing of the parameter
                 if mapping is not None:
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    slices.append(OwnedSlice(names[parameter], tuple(parameter.shape), low.start, low.numel, flat, high.start))
+                    live = parameter.detach().view(-1)[low.start : low.start + low.numel]
+                    slices.append(OwnedSlice(names[parameter], tuple(parameter.shape), low.start, low.numel, flat, high.start, live))
     else:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                slices.append(OwnedSlice(names[parameter], tuple(parameter.shape), 0, parameter.numel(), parameter, 0))
-    return slices
+                slices.append(OwnedSlice(names[parameter], tuple(parameter.shape), 0, parameter.numel(), parameter, 0, None, True))
+    return slices + [_frozen_slice(engine, name, one) for name, one in _module(engine).named_parameters() if not one.requires_grad]
 
 
-def write_fragments(
-    engine: "DeepSpeedEngine", folder: Path, rank: int, world_size: int, extra: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Write this rank's `rank_R.safetensors` and `rank_R.json` into `folder`, synced. Not a collective.
+def owned_bytes(engine: DeepSpeedEngine) -> int:
+    """What a save of this rank takes at most with an optimizer of two moments, for all that it holds alone."""
+    share = engine.world_size if engine.zero_optimization_stage() == 0 else 1
+    return sum(3 * 4 * piece.count for piece in owned_slices(engine)) // share + HEADER_BYTES
 
-    The body is streamed slice by slice and hashed on the way (the safetensors library writes only from whole
-    dictionaries in memory). `extra` goes into the JSON. Returns file name -> {bytes, sha256}. Raises OSError.
+
+def _frozen_slice(engine: DeepSpeedEngine, name: str, parameter: Any) -> OwnedSlice:
+    if engine.zero_optimization_stage() < 3:
+        return OwnedSlice(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, None, True)
+    share = parameter.ds_tensor.ds_numel
+    start = min(engine.global_rank * share, parameter.ds_numel)
+    count = min(share, parameter.ds_numel - start)
+    return OwnedSlice(name, tuple(parameter.ds_shape), start, count, parameter.ds_tensor, 0, None)
+
+
+def _persistent_buffers(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the model's state; equal on all ranks, as far as training is concerned."""
+    kept = _module(engine).state_dict().keys()
+    return {name: buffer for name, buffer in _module(engine).named_buffers() if name in kept}
+
+
+def check_slices(engine: DeepSpeedEngine) -> None:
+    """That the weights the model computes with are these slices, rounded. Raises RuntimeError, naming the parameter.
+
+    A DeepSpeed whose insides mean something else than we take them for (`round_robin_gradients` of 0.19.8 does) would otherwise write a
+    checkpoint of something else than was trained, and nobody would see it before it is loaded.
     """
-    state = torch_optimizer(engine).state
-    tensors: list[tuple[str, torch.Tensor]] = []
+    slices = [piece for piece in owned_slices(engine) if piece.live is not None]
+    equal = [_equal_bits(piece.of(piece.flat), piece.live) for piece in slices if piece.live is not None]
+    if equal and not bool(torch.stack(equal).all()):  # one wait for the device
+        wrong = [piece.parameter for piece, same in zip(slices, equal, strict=True) if not same]
+        raise RuntimeError(
+            f"the fp32 weights that DeepSpeed holds for {', '.join(wrong[:3])} are not those of the model, rounded; a checkpoint would "
+            "hold other weights than were trained. Nothing is saved. An option in the section `deepspeed:` may be the cause."
+        )
+
+
+def _equal_bits(master: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Whether `live` is `master`, rounded; on an accelerator not yet known when this returns."""
+    integers = {4: torch.int32, 2: torch.int16}[live.element_size()]
+    if live.device.type != "cpu":
+        return (master.to(live.device, live.dtype).view(integers) == live.view(integers)).all()
+    parts = zip(master.split(COMPARED_AT_ONCE), live.split(COMPARED_AT_ONCE), strict=True)  # of which the rounded copy stays in the cache
+    return torch.tensor(all(torch.equal(one.to(live.dtype).view(integers), other.view(integers)) for one, other in parts))
+
+
+def image_of(engine: DeepSpeedEngine, rank: int, world_size: int, extra: dict[str, Any]) -> Image:
+    """What this rank writes: views of the engine's own tensors. `extra` goes into the JSON. Not a collective."""
+    optimizer = torch_optimizer(engine)
+    tensors: dict[str, torch.Tensor] = {}
     parameters: dict[str, dict[str, Any]] = {}
     for piece in owned_slices(engine):
-        moments = state.get(piece.flat, {})
+        moments = optimizer.state.get(piece.flat, {})
         scalars = {key: float(value) for key, value in moments.items() if not torch.is_tensor(value) or value.dim() == 0}
         parameters[piece.parameter] = {"shape": list(piece.shape), "scalars": scalars}
         elementwise = {
             key: value for key, value in moments.items() if torch.is_tensor(value) and value.numel() == piece.flat.numel() and value.dim()
         }
         low, high = 0, piece.count
-        if engine.zero_optimization_stage() == 0:  # everyone holds everything: each writes its share
+        if piece.is_whole:
             low, high = piece.count * rank // world_size, piece.count * (rank + 1) // world_size
         if high > low:
             for kind, tensor in {WEIGHT: piece.flat, **elementwise}.items():
-                tensors.append((f"{kind}|{piece.parameter}|{piece.start + low}", piece.of(tensor)[low:high]))
-    name = f"rank_{rank:05d}"
-    files = {f"{name}.safetensors": _write_safetensors(folder / f"{name}.safetensors", tensors)}
-    text = json.dumps({"rank": rank, "world_size": world_size, "parameters": parameters, **extra}, indent=1).encode()
-    files[f"{name}.json"] = _write_hashed(folder / f"{name}.json", iter([text]))
-    return files
+                tensors[f"{kind}|{piece.parameter}|{piece.start + low}"] = piece.of(tensor)[low:high].float()
+    buffers = _persistent_buffers(engine) if rank == 0 else {}
+    tensors |= {f"{BUFFER}|{name}|0": buffer.detach().reshape(-1) for name, buffer in buffers.items()}
+    about = {
+        "parameters": parameters,
+        "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()},
+        "groups": [{key: group[key] for key in HYPER_PARAMETERS if key in group} for group in optimizer.param_groups],
+        "loss_scale": _loss_scale(engine),
+    }
+    return Image(rank, tensors, about | extra)
 
 
-def _write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    header, position = {}, 0
-    for key, tensor in tensors:
-        size = tensor.numel() * 4
-        header[key] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def parts() -> Iterator[bytes]:
-        yield struct.pack("<Q", len(text)) + text
-        for _, tensor in tensors:
-            yield tensor.float().cpu().numpy().tobytes()
-
-    return _write_hashed(path, parts())
+def _loss_scale(engine: DeepSpeedEngine) -> dict[str, float]:
+    """Where fp16's scale of the loss stands; nothing with other precisions."""
+    scaler = getattr(_wrapper(engine), "loss_scaler", None) if engine.fp16_enabled() else None
+    return {key: getattr(scaler, key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if hasattr(scaler, key)}
 
 
-def _write_hashed(path: Path, parts: Iterator[bytes]) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-class FragmentIndex:
-    """Where each range of each parameter lies in a committed folder (already verified). Reads no tensor until asked."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError when a parameter has a gap or an overlap."""
-        self._places: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.scalars: dict[str, dict[str, float]] = {}
-        num_files = json.loads((folder / "rank_00000.json").read_text())["world_size"]
-        for rank in range(num_files):  # not whatever lies there: a stray file is no part of the checkpoint
-            described = folder / f"rank_{rank:05d}.json"
-            content = json.loads(described.read_text())
-            for parameter, known in content["parameters"].items():
-                self.shapes[parameter] = tuple(known["shape"])
-                self.scalars[parameter] = known["scalars"]
-            path = described.with_suffix(".safetensors")
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    kind, parameter, start = key.split("|")
-                    count = file.get_slice(key).get_shape()[0]
-                    self._places.setdefault((kind, parameter), []).append((int(start), count, path, key))
-        for (kind, parameter), places in self._places.items():
-            places.sort(key=lambda place: place[0])
-            position = 0
-            for start, count, path, _ in places:
-                if start != position:
-                    raise ValueError(
-                        f"{path}: {kind} of {parameter} has {'a gap' if start > position else 'an overlap'} at element {position}"
-                    )
-                position += count
-            if position != torch.Size(self.shapes[parameter]).numel():
-                raise ValueError(f"{folder}: {kind} of {parameter} ends at element {position}, its shape is {self.shapes[parameter]}")
-
-    @property
-    def kinds(self) -> set[str]:
-        """What is stored: `weight` and the names of the optimizer's moments."""
-        return {kind for kind, _ in self._places}
-
-    def read(self, kind: str, parameter: str, start: int, count: int) -> torch.Tensor:
-        """Elements [start, start + count) of a flattened parameter, float32, shape [count]. KeyError if it is not stored."""
-        result = torch.empty(count)
-        for first, length, path, key in self._places[(kind, parameter)]:
-            low, high = max(first, start), min(first + length, start + count)
-            if low < high:
-                with safe_open(path, "pt") as file:
-                    result[low - start : high - start] = file.get_slice(key)[low - first : high - first]
-        return result
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Every parameter whole, fp32: what a single-device model loads."""
-        return {
-            parameter: self.read(WEIGHT, parameter, 0, torch.Size(shape).numel()).view(shape) for parameter, shape in self.shapes.items()
-        }
+def prepare_weights(engine: DeepSpeedEngine) -> None:
+    """Before `read_fragments`: at stage 3 every parameter is cut into its parts. Collective."""
+    if engine.zero_optimization_stage() == 3:
+        _wrapper(engine).checkpoint_event_prologue()
 
 
 @torch.no_grad()
-def read_fragments(engine: "DeepSpeedEngine", folder: Path) -> None:
-    """Fill the engine's fp32 weights and moments from a verified commit, then derive the live weights. Collective.
+def read_fragments(engine: DeepSpeedEngine, index: FragmentIndex, with_moments: bool = True) -> None:
+    """Fill what this rank holds of fp32 weights, moments and buffers; `refresh_weights` then derives the rest. Not a collective.
 
+    with_moments: false leaves the optimizer, and fp16's scale of the loss, as they are.
+    Raises DamageError where a file is not what was committed: the engine is then half filled, and has to be filled from another commit.
     Raises ValueError when the commit's parameters are not the model's.
     """
-    index, optimizer = FragmentIndex(folder), torch_optimizer(engine)
-    slices = owned_slices(engine)
-    model = {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in cast(torch.nn.Module, engine.module).named_parameters()
-    }
-    if index.shapes != model:
-        different = sorted(set(index.shapes.items()) ^ set(model.items()))[:4]
-        raise ValueError(f"{folder} holds other parameters than the model has, for example {different}")
-    if engine.zero_optimization_stage() == 3:
-        _wrapper(engine).checkpoint_event_prologue()
-    for piece in slices:
-        piece.of(piece.flat).copy_(index.read(WEIGHT, piece.parameter, piece.start, piece.count))
+    model = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in _module(engine).named_parameters()}
+    buffers = _persistent_buffers(engine)
+    wanted = model | {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    if (found := index.shapes | index.buffers) != wanted:
+        different = sorted(set(found.items()) ^ set(wanted.items()))[:4]
+        raise ValueError(f"{index.folder} holds other parameters than the model has, for example {different}")
+    optimizer = torch_optimizer(engine)
+    trained = {name for name, parameter in _module(engine).named_parameters() if parameter.requires_grad}
+    for piece in owned_slices(engine):
+        index.fill(piece.of(piece.flat), WEIGHT, piece.parameter, piece.start)
+        if piece.parameter not in trained or not with_moments:
+            continue
         state = optimizer.state[piece.flat]
-        for kind in sorted(index.kinds - {WEIGHT}):
+        for kind in sorted(index.kinds(piece.parameter) - {WEIGHT}):
             if kind not in state:
                 state[kind] = torch.zeros_like(piece.flat, requires_grad=False)
-            piece.of(state[kind]).copy_(index.read(kind, piece.parameter, piece.start, piece.count))
+            index.fill(piece.of(state[kind]), kind, piece.parameter, piece.start)
         for key, value in index.scalars[piece.parameter].items():
             state[key] = torch.tensor(value, dtype=torch.float32, device=piece.flat.device)
-    _refresh_weights(engine)
+    for name, buffer in buffers.items():
+        buffer.copy_(index.read_whole(BUFFER, name))
+    for key, value in index.loss_scale.items() if with_moments and _loss_scale(engine) else ():
+        setattr(_wrapper(engine).loss_scaler, key, value)
 
 
-def _refresh_weights(engine: "DeepSpeedEngine") -> None:
-    """Live (low-precision) weights := fp32 weights, on every rank, the way DeepSpeed itself does it after a step."""
+@torch.no_grad()
+def refresh_weights(engine: DeepSpeedEngine) -> None:
+    """Live (low-precision) weights := fp32 weights, on every rank, the way DeepSpeed itself does it after a step. Collective."""
     optimizer = _wrapper(engine)
     if engine.zero_optimization_stage() == 3:
         for sub_group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
@@ -249,14 +235,3 @@ def _refresh_weights(engine: "DeepSpeedEngine") -> None:
         optimizer._hp_optimizer_states_linked = False
         optimizer.update_lp_params()
         optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def state_hash(folder: Path) -> str:
-    """SHA-256 over every weight, moment and step of a commit, by name: the same for every stage and world size."""
-    index, digest = FragmentIndex(folder), hashlib.sha256()
-    for parameter in sorted(index.shapes):
-        shape = index.shapes[parameter]
-        digest.update(f"{parameter}{shape}{sorted(index.scalars[parameter].items())}".encode())
-        for kind in sorted(index.kinds):
-            digest.update(kind.encode() + index.read(kind, parameter, 0, torch.Size(shape).numel()).numpy().tobytes())
-    return digest.hexdigest()

@@ -4,14 +4,11 @@ Training draws nothing from them (dropout and data order are functions of the st
 number of ranks; they are kept for whatever else draws, and restored where the rank existed before.
 """
 
-import json
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as distributed
 
 
 def describe_random_state() -> dict[str, Any]:
@@ -25,11 +22,8 @@ def describe_random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(folder: Path, world_size: int) -> None:
-    """Restore this rank's generators from a verified commit; at another world size they are left as they are."""
-    if world_size != distributed.get_world_size():
-        return
-    state = json.loads((folder / f"rank_{distributed.get_rank():05d}.json").read_text())["random"]
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Restore this process's generators from what `describe_random_state` said."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     numpy_state = state["numpy"]

@@ -1,12 +1,15 @@
 """Tokens and an order -> the micro-batches of one data rank.
 
 In: a corpus, a `DataOrder`, this rank's place among the data ranks. Out: for each step, the micro-batches that this rank
-feeds the engine, read ahead by a thread. Step s covers the samples that are seen [s x G, (s + 1) x G)-th; micro-step m
+feeds the engine, read ahead by a thread. A step covers the samples that come next, as many as `Steps.batch_at` says; micro-step m
 takes the next `micro_batch_samples x data_size` of them and rank r the r-th part, so the global order is the same for
 every number of ranks and every split into micro-steps.
 
 The end-of-text token that closes a document is also what the next one is predicted from, so a document is an end of text
 and all that follows up to the next, and its first word is learnt too.
+
+Two things may be done with what was read, each a pure function: documents are rearranged while they are rows of tokens
+(`fill_in_the_middle.py`), and labels are chosen when they are a micro-batch (`objective.py`).
 
 Shapes: B sequences, T tokens of one.
 """
@@ -18,6 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +33,7 @@ from configs.schema import TrainingSection
 from pretrain.data.corpus import Corpus
 from pretrain.data.order import DataOrder, Places
 from pretrain.data.pool import Pool
-from pretrain.data.samples import IGNORED_LABEL, Rows, Spans, locate_samples, read_samples
+from pretrain.data.samples import IGNORED_LABEL, Numbers, Rows, Spans, locate_samples, read_samples
 from pretrain.data.tokens import TokenStream
 
 STEPS_AHEAD = 2
@@ -53,16 +58,24 @@ class MicroBatch:
     """Another number for each document of a row; None: all of a row see each other."""
     positions_BT: torch.Tensor | None = None
     """Where each place stands in its document; None: positions count from the row's beginning."""
+    prefix_BT: torch.Tensor | None = None
+    """Places (True) that see each other in both directions within their document; None: every place sees only what is before it."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         """With every tensor changed: to a device, to pinned memory."""
-        documents_BT = None if self.documents_BT is None else change(self.documents_BT)
-        positions_BT = None if self.positions_BT is None else change(self.positions_BT)
-        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.num_valid, documents_BT, positions_BT)
+        given = (self.documents_BT, self.positions_BT, self.prefix_BT)
+        changed = (None if tensor is None else change(tensor) for tensor in given)
+        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.num_valid, *changed)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On a device; from pinned memory the copy runs beside the computation."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+Rearrange: TypeAlias = Callable[[Rows, Numbers, int], None]
+"""Changes samples in place, by their rows, their numbers in the run's order, and the length of the sequences they are cut into."""
+Objective: TypeAlias = Callable[[MicroBatch], MicroBatch]
+"""Chooses what is learnt from a micro-batch; shapes stay."""
 
 
 def make_batch(rows: Rows, num_valid: int, sequence_length: int, training: TrainingSection, pool: Pool) -> MicroBatch:
@@ -101,18 +114,23 @@ class Batches:
         device: torch.device,
         start: int = 0,
         reopen: Callable[[], Corpus] | None = None,
+        rearrange: Rearrange | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """`start` is the number of samples seen before the first step; `reopen` looks again at data that is still arriving.
+
+        `rearrange`: None leaves samples as they are; `objective`: None learns the next token everywhere.
 
         Raises ValueError when the batch does not divide.
         """
         training.accumulation(data_size)
         self._reopen, self._closing = reopen, threading.Event()
+        self._rearrange, self._objective = rearrange, objective
         self._corpus, self._training, self._device = corpus, training, device
         self.order = order
         """What has arrived of it may be more than when it was given."""
         self._rank, self._size = data_rank, data_size
-        self._seen = start
+        self._seen, self._steps = start, training.steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: list[Future[list[MicroBatch]]] = []
         self._pool = Pool()
@@ -148,11 +166,11 @@ class Batches:
     def _read_ahead(self) -> None:
         while len(self._ahead) <= STEPS_AHEAD:
             self._ahead.append(self._thread.submit(self._read_step, self._seen))
-            self._seen += self._training.global_batch_samples
+            self._seen += self._steps.batch_at(self._seen)
 
     def _await_arrival(self, seen: int) -> None:
         """Look again and again until the samples of a step are there: of all ranks, so that none waits for another in a collective."""
-        end = seen + self._training.global_batch_samples
+        end = seen + self._steps.batch_at(seen)
         while self._reopen is not None and not self._corpus.is_complete and (missing := self.order.missing(end)):
             self.awaited_source = missing
             if self._closing.wait(ARRIVAL_POLL_SECONDS):
@@ -172,7 +190,7 @@ class Batches:
         training = self._training
         self._await_arrival(seen)
         spans = self._spans_of(seen)
-        following = seen + training.global_batch_samples
+        following = seen + self._steps.batch_at(seen)
         if self._corpus.is_complete and self._corpus.streams[0].files.is_mapped:
             with suppress(UserError):  # it is said when that step is asked for
                 self._spans_of(following)  # so that its tokens are on their way while these are read
@@ -183,27 +201,41 @@ class Batches:
         for first in range(0, num_samples, micro):  # one at a time, while it is in the processor's cache
             part = rows.part(first, first + micro)
             num_valid = read_samples(self._corpus, spans.part(first, first + micro), part, self._pool)
-            batches.append(make_batch(part, num_valid, sequence_length, training, self._pool))
+            if self._rearrange is not None:
+                self._rearrange(part, self._numbers_of(seen)[first : first + micro], sequence_length)
+            batch = make_batch(part, num_valid, sequence_length, training, self._pool)
+            batches.append(batch if self._objective is None else self._objective(batch))
         del self._spans[seen]
         return [batch.map(torch.Tensor.pin_memory) for batch in batches] if self._device.type == "cuda" else batches
 
     def _spans_of(self, seen: int) -> Spans:
         """Where this rank's samples of a step lie; announced, so that they are there when they are read."""
         if seen not in self._spans:
-            mine = np.arange(self._training.global_batch_samples).reshape(-1, self._size, self._training.micro_batch_samples)
-            places = Places(*(column[mine[:, self._rank].ravel()] for column in self._places_of(seen)))
+            mine = self._own_part(seen)
+            places = Places(*(column[mine] for column in self._places_of(seen)))
             self._spans[seen] = spans = locate_samples(self._corpus, places, self._training.sequence_length)
             self._corpus.streams[0].files.announce(spans.file_p, spans.first_token_p, spans.num_tokens_p)
         return self._spans[seen]
 
+    def _numbers_of(self, seen: int) -> Numbers:
+        """Of this rank's samples of a step."""
+        return self.order.numbers(seen, self._steps.batch_at(seen))[self._own_part(seen)]
+
+    def _own_part(self, seen: int) -> Numbers:
+        """Which of a step's samples are this rank's."""
+        samples = np.arange(self._steps.batch_at(seen)).reshape(-1, self._size, self._training.micro_batch_samples)
+        return samples[:, self._rank].ravel()
+
     def _places_of(self, seen: int) -> Places:
         """Of all ranks' samples of a step; those of some steps are computed at once, where they are known."""
-        size = self._training.global_batch_samples
         if seen not in self._places:
-            num_steps = max(1, PLACES_AT_ONCE // size) if self._corpus.is_complete else 1
-            places = self.order.places(self.order.numbers(seen, num_steps * size))
-            parts = [slice(step * size, (step + 1) * size) for step in range(num_steps)]
-            self._places = {seen + part.start: Places(*(column[part] for column in places)) for part in parts}
+            ends = [seen + self._steps.batch_at(seen)]
+            limit = seen + PLACES_AT_ONCE if self._corpus.is_complete else 0
+            while (end := ends[-1] + self._steps.batch_at(ends[-1])) <= limit:
+                ends.append(end)
+            places = self.order.places(self.order.numbers(seen, ends[-1] - seen))
+            steps = pairwise([seen, *ends])
+            self._places = {first: Places(*(column[first - seen : end - seen] for column in places)) for first, end in steps}
         return self._places[seen]
 
 
@@ -217,26 +249,49 @@ def _refuse_changes(before: dict[str, str], now: dict[str, str]) -> None:
 
 
 def held_out_batches(
-    stream: TokenStream, training: TrainingSection, micro_batch_samples: int, data_rank: int, data_size: int, device: torch.device
+    stream: TokenStream,
+    training: TrainingSection,
+    micro_batch_samples: int,
+    data_rank: int,
+    data_size: int,
+    device: torch.device,
+    objective: Objective | None = None,
 ) -> Iterator[MicroBatch]:
     """Every token of the held-out stream exactly once as a target, over all data ranks.
 
     The first context is one end-of-text token, the last window is padded with ignored targets, and every rank
     yields the same number of micro-batches (whole batches of padding where it has no window left): under ZeRO-3
     a forward is a collective.
+
+    With an `objective`, windows hold whole documents, as far as these fit, so that a continuation stands behind what it continues,
+    and every token is in one window, whether it is a target or not. Documents are never rearranged.
     """
     length, end_of_text = training.sequence_length, stream.files.end_of_text
-    num_windows = -(-len(stream) // length)
+    window_starts = range(0, len(stream), length) if objective is None else _start_at_documents(stream, length)
     portion = micro_batch_samples * data_size
     pool = Pool()
-    for first in range(0, num_windows, portion):
+    for first in range(0, len(window_starts), portion):
         inputs_BT = np.full((micro_batch_samples, length), end_of_text, dtype=np.int32)
         labels_BT = np.full((micro_batch_samples, length), IGNORED_LABEL, dtype=np.int32)
-        starts = range((first + data_rank * micro_batch_samples) * length, len(stream), length)[:micro_batch_samples]
-        sizes = [min(length, len(stream) - start) for start in starts]
+        here = first + data_rank * micro_batch_samples
+        starts, ends = (window_starts[here + behind : here + behind + micro_batch_samples] for behind in (0, 1))
+        sizes = [end - start for start, end in zip(starts, [*ends, len(stream)], strict=False)]
         stream.files.announce(*stream.locate(np.array(starts, np.int64)), np.array(sizes, np.int64))
         for row, (start, num_tokens) in enumerate(zip(starts, sizes, strict=True)):
             tokens = stream.read(start, num_tokens)
             inputs_BT[row, :num_tokens], labels_BT[row, :num_tokens] = tokens[:-1], tokens[1:]
         rows = Rows(inputs_BT, labels_BT, inputs_BT == end_of_text)
-        yield make_batch(rows, sum(sizes), length, training, pool).to(device)
+        batch = make_batch(rows, sum(sizes), length, training, pool)
+        yield (batch if objective is None else objective(batch)).to(device)
+
+
+def _start_at_documents(stream: TokenStream, length: int) -> list[int]:
+    """Where windows of at most `length` tokens begin, each with as many whole documents as it holds; a longer document is cut."""
+    starts: list[int] = []
+    start = 0
+    while start < len(stream):
+        starts.append(start)
+        tokens = stream.read(start, min(length, len(stream) - start))[1:]
+        ends = np.flatnonzero(tokens == stream.files.end_of_text)
+        start += int(ends[-1]) + 1 if ends.size else tokens.size
+    return starts

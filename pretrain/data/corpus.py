@@ -11,11 +11,13 @@ from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from configs.data_section import DataSection
 from configs.errors import UserError
-from configs.schema import DataSection, RunConfig
+from configs.schema import RunConfig
 from data_pipeline.arriving import Arriving, Shards, load_arrived, load_arriving
-from data_pipeline.manifest import SPLITS, Manifest, ShardRecord, load_manifest
+from data_pipeline.manifest import SPLITS, Manifest, load_manifest
 from data_pipeline.packing import packs_name
+from data_pipeline.records import ShardRecord
 from pretrain.data.order import SourceSize
 from pretrain.data.packs import PackedSource
 from pretrain.data.remote import Sums, described_in, finder, open_cache

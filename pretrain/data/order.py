@@ -147,7 +147,10 @@ class DataOrder:
         names = [source.name for source in self.sources]
         passed = [stage for stage in self.mixture.stages if stage.first_sample < next_number]
         training = self._training
-        facts = [self._seed, training.sequence_length, training.global_batch_samples, training.packing, self.skipped]
+        # Without a ramp as it was before there were ramps, so that older checkpoints go on.
+        ramped = [[phase.first_sample, phase.batch_samples] for phase in training.steps.phases if phase.first_sample < seen]
+        batch = ramped if training.batch_ramp else training.global_batch_samples
+        facts = [self._seed, training.sequence_length, batch, training.packing, self.skipped]
         facts += [stage.facts(names) for stage in passed]
         cursors = self.mixture.cursors(next_number)
         return {

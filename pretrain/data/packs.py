@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from configs.durable import sha256_of_file
 from configs.errors import UserError
-from data_pipeline.manifest import ShardRecord
 from data_pipeline.packing import Packs, packs_name, read_packs
+from data_pipeline.records import ShardRecord
 from pretrain.data.remote import Find
 
 Numbers = npt.NDArray[np.int64]

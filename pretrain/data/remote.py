@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from configs.data_section import DataSection
+from configs.durable import write_file
 from configs.errors import UserError
-from configs.schema import DataSection
 from data_pipeline.checksums import SUFFIX, read_checksums
-from data_pipeline.manifest import MANIFEST, TOKENIZER, FileRecord, ShardRecord
+from data_pipeline.manifest import MANIFEST, TOKENIZER
+from data_pipeline.records import FileRecord, ShardRecord
 from pretrain.data.staging import BlockCache, Sleep, stage_files
 
 Find = Callable[[str, FileRecord], Path]
@@ -29,11 +31,7 @@ def described_in(data: DataSection) -> Path:
     manifest = stage_files(data.folder(), {MANIFEST: None}, copies, tell)[MANIFEST]
     tokenizer = manifest.with_name(TOKENIZER)
     if not tokenizer.exists():  # beside the manifest that it belongs to: the folder's name is the manifest's hash
-        found = stage_files(data.folder(), {TOKENIZER: None}, copies, tell)[TOKENIZER]
-        temporary = tokenizer.with_name(f".{found.parent.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.hardlink_to(found)
-        temporary.replace(tokenizer)
+        write_file(tokenizer, stage_files(data.folder(), {TOKENIZER: None}, copies, tell)[TOKENIZER].read_bytes())
     return manifest.parent
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import ShardRecord
+from data_pipeline.records import ShardRecord
 from pretrain.data.staging import BlockCache
 from pretrain.data.tokens import Numbers, TokenFiles, Tokens
 

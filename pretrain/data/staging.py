@@ -30,7 +30,7 @@ import numpy.typing as npt
 from configs.durable import sha256_of_file
 from configs.errors import UserError
 from data_pipeline.checksums import BLOCK_BYTES, block_is_whole
-from data_pipeline.manifest import FileRecord
+from data_pipeline.records import FileRecord
 
 BLOCKS_AT_ONCE = 256
 """Fetched together: 16 MiB of memory, and as many requests as a store answers at once."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from configs.errors import UserError
 from data_pipeline.checksums import BLOCK_BYTES, SUFFIX, block_is_whole, read_checksums
-from data_pipeline.manifest import ShardRecord
+from data_pipeline.records import ShardRecord
 
 PAGE_BYTES = mmap.PAGESIZE
 

@@ -8,6 +8,7 @@ changes: everything else asks for `data_rank` and `data_size`, never for the wor
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -27,11 +28,21 @@ class Layout:
     data_size: int
     device: torch.device
 
-    def sum_over_data_ranks(self, value: float) -> float:
-        """Sum of one number over the data ranks (a blocking collective)."""
-        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+    def total_over_data_ranks(self, value: float) -> torch.Tensor:
+        """Sum of one number over the data ranks: a collective; a 0-dim tensor in float64 that the host does not wait for."""
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
-        return float(total.item())
+        return total
+
+    def sum_over_data_ranks(self, value: float) -> float:
+        """The same as a number, for which the host waits."""
+        return float(self.total_over_data_ranks(value).item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of each data rank, on all of them (a blocking collective; what is sent is pickled)."""
+        values: list[Any] = [None] * self.data_size
+        distributed.all_gather_object(values, value)
+        return values
 
 
 def initialize_layout() -> Layout:

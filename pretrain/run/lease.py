@@ -36,8 +36,9 @@ class Lease:
     Use as a context manager. Raises UserError on entry when another living attempt holds the folder.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, **about: Any) -> None:
+        """about: what is said of the attempt, in `lease.json` and, should it vanish, in `attempts.jsonl` (JSON)."""
+        self._folder, self._about = folder, about
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self.attempt = 0
@@ -51,7 +52,7 @@ class Lease:
 
     def _acquire(self) -> None:
         while not self._take():
-            holder = _read_lease(self._folder.lease_file)
+            holder = read_lease(self._folder.lease_file)
             if holder is not None and holder.get("pid") is None and _is_being_written(self._folder.lease_file):
                 continue
             if holder is not None and not _is_abandoned(self._folder.lease_file, holder):
@@ -73,7 +74,7 @@ class Lease:
             self._folder.lease_file.rename(aside)
         except FileNotFoundError:
             return
-        if _read_lease(aside) != holder:  # somebody took it over between our look and the rename: it is theirs
+        if read_lease(aside) != holder:  # somebody took it over between our look and the rename: it is theirs
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self._folder.lease_file)
         aside.unlink()
@@ -91,6 +92,7 @@ class Lease:
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
             "started": self.started,
+            **self._about,
         }
         with os.fdopen(descriptor, "w") as file:
             json.dump(content, file)
@@ -111,11 +113,12 @@ class Lease:
 
 def holds_lease(folder: RunFolder, attempt: int) -> bool:
     """Whether this attempt still holds the folder (another host may have taken it over while we were stopped)."""
-    holder = _read_lease(folder.lease_file)
+    holder = read_lease(folder.lease_file)
     return holder is not None and holder.get("attempt") == attempt
 
 
-def _read_lease(path: Path) -> dict[str, Any] | None:
+def read_lease(path: Path) -> dict[str, Any] | None:
+    """What the holder of a run folder said of itself; None where nobody holds it."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -149,7 +152,7 @@ def _is_being_written(path: Path) -> bool:
         after = path.stat()
     except FileNotFoundError:
         return True
-    holder = _read_lease(path)
+    holder = read_lease(path)
     return (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns) or holder is None or holder.get("pid") is not None
 
 

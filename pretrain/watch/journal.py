@@ -4,6 +4,8 @@ In: values of a step. Out: a line of `metrics.jsonl` (the truth), the same row i
 the terminal. Other ranks have a silent one, so that the loop asks nobody who it is.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +14,9 @@ from typing import Any
 from configs.schema import RunConfig
 from pretrain.state import TrainState
 from pretrain.watch.evaluate import HeldOut
-from pretrain.watch.metrics import METRICS_FILE, MetricsLog, Throughput, cut_back
+from pretrain.watch.metrics import METRICS_FILE, MetricsLog, Throughput, cut_back, read_rows
 from pretrain.watch.progress import ProgressReport
+from pretrain.watch.slow_ranks import SlowRank
 from pretrain.watch.tracking import end_tracking, start_tracking, track
 
 
@@ -23,11 +26,12 @@ class Journal:
     def __init__(self, config: RunConfig, folder: Path, attempt: int, state: TrainState, is_writer: bool) -> None:
         """`folder`: the run folder."""
         self._attempt = attempt
-        self._progress = ProgressReport(config.training.total_steps, state.step, is_writer)
+        self._progress = ProgressReport(config.training.total_steps, state.step, is_writer, config.training.steps.samples_before)
         self._log = self._tracker = None
+        self._path = folder / METRICS_FILE
         if is_writer:
-            cut_back(folder / METRICS_FILE, state.step)
-            self._log = MetricsLog(folder / METRICS_FILE)
+            cut_back(self._path, state.step)
+            self._log = MetricsLog(self._path)
             self._tracker = start_tracking(config, folder, self._progress.say)
         self._throughput = Throughput(state.tokens_seen)
 
@@ -38,9 +42,9 @@ class Journal:
         self._write(
             state,
             {
-                "loss": loss,
+                **({"loss": loss} if math.isfinite(loss) else {}),
                 "learning_rate": learning_rate,
-                "gradient_norm": gradient_norm,
+                "gradient_norm": gradient_norm if gradient_norm is None or math.isfinite(gradient_norm) else None,
                 "tokens_per_second": rate,
                 "data_wait_share": data_wait,
                 "skipped_steps": state.skipped_steps,
@@ -49,8 +53,42 @@ class Journal:
 
     def held_out(self, state: TrainState, result: HeldOut) -> None:
         """An evaluation."""
-        self.say(f"step {state.step}: held out {result.nats_per_token:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte")
-        self._write(state, {f"held_out/{key}": value for key, value in asdict(result).items()})
+        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+        self.say(f"step {state.step}: held out {result.nats_per_token:.4f} nats per token{bits}")
+        self._write(state, {f"held_out/{key}": value for key, value in asdict(result).items() if value is not None})
+
+    def scores(self, state: TrainState, found: dict[str, float]) -> None:
+        """Scores of tasks, by `task/NAME/METRIC`."""
+        self.say(f"step {state.step}: " + ", ".join(f"{name.removeprefix('task/')} {value:.4f}" for name, value in found.items()))
+        self._write(state, found)
+
+    def slow_ranks(self, state: TrainState, found: Sequence[SlowRank]) -> None:
+        """Ranks that the others wait for, the slowest first."""
+        named = ", ".join(f"rank {one.rank} on {one.node} ({one.ratio:.2f} times, {1000 * one.seconds:.0f} ms a step)" for one in found[:8])
+        self.say(f"step {state.step}: slower than the median rank: {named}")
+        worst = found[0]
+        row = {"rank": worst.rank, "node": worst.node, "ratio": worst.ratio, "seconds": worst.seconds, "num_ranks": len(found)}
+        self._write(state, {f"slow_ranks/{key}": value for key, value in row.items()})
+
+    def findings(self, state: TrainState, found: Sequence[Any]) -> None:
+        """What is wrong with the last steps, each in a row of its own. found: dataclasses of numbers that say themselves (`str`)."""
+        for one in found:
+            kind = type(one).__name__.lower()
+            self.say(str(one))
+            self._write(state, {f"{kind}/{key}": value for key, value in asdict(one).items() if math.isfinite(value)})
+
+    def rollbacks(self, state: TrainState, rows: Sequence[dict[str, Any]]) -> None:
+        """Rollbacks of the run so far, numbered from 1; those that no row tells of yet are told now."""
+        if self._log is None:
+            return
+        told = {row.get("rollback/number") for row in read_rows(self._path)}
+        for number, row in enumerate(rows, start=1):
+            if number not in told:
+                self._write(state, {"rollback/number": number, **{f"rollback/{key}": value for key, value in row.items()}})
+
+    def losses(self, count: int) -> list[float]:
+        """The newest logged losses, at most `count`, oldest first; of every step only where every step is logged. For other ranks: none."""
+        return [row["loss"] for row in read_rows(self._path) if "loss" in row][-count:] if self._log is not None else []
 
     def say(self, text: str) -> None:
         """A line in the terminal, from rank 0."""

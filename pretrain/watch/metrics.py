@@ -4,10 +4,12 @@ In: what the loop saw in a step. Out: rows of `metrics.jsonl`, one JSON object a
 often the run was killed: at resume the file is cut back to the checkpoint's step.
 """
 
+import errno
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from configs.durable import write_file
 
@@ -38,10 +40,17 @@ def cut_back(path: Path, step: int) -> None:
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`, one complete line at a time. A full disk delays rows; it never ends the run."""
+    """Appends rows to `metrics.jsonl`, one complete line at a time. A full disk delays rows; it never ends the run.
+
+    The file stays open: `cut_back` puts another one in its place, so an attempt that slept through its replacement wakes up with a file
+    that has no name any more, and adds nothing to that of the new attempt.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._file: IO[bytes] | None = None
+        with suppress(OSError):  # told when there is a row
+            self._file = path.open("ab", buffering=0)
         self._waiting: list[str] = []
         self._torn = False
 
@@ -49,8 +58,10 @@ class MetricsLog:
         """Append one row, and those that could not be written before. Returns what went wrong, if anything."""
         self._waiting.append(json.dumps(row) + "\n")
         try:
-            with self._path.open("a") as file:
-                file.write(("\n" if self._torn else "") + "".join(self._waiting))
+            self._file = self._file or self._path.open("ab", buffering=0)
+            content = (("\n" if self._torn else "") + "".join(self._waiting)).encode()
+            if (written := self._file.write(content)) < len(content):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes could be written", str(self._path))
         except OSError as error:
             self._torn = True  # a part of a line may be there: the next one begins below it
             return str(error)

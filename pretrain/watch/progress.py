@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
@@ -14,20 +15,23 @@ LINE_EVERY_SECONDS = 10.0
 class ProgressReport:
     """Shows steps as they pass, on rank 0. Use as a context manager."""
 
-    def __init__(self, total_steps: int, done_steps: int, visible: bool) -> None:
+    def __init__(self, total_steps: int, done_steps: int, visible: bool, samples_before: Callable[[int], int] = int) -> None:
+        """samples_before: how many samples are seen before a step, as time left goes by them; int: all steps are of one size."""
+        self._samples_before = samples_before
         self._total, self._start, self._visible = total_steps, done_steps, visible
         self._began = self._said = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if visible and sys.stderr.isatty():
             columns = (
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("step {task.fields[step]}/{task.fields[total_steps]}"),
                 BarColumn(None),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
-            self._task = self._bar.add_task("", total=total_steps, completed=done_steps)
+            total, done = samples_before(total_steps), samples_before(done_steps)
+            self._task = self._bar.add_task("", total=total, completed=done, step=done_steps, total_steps=total_steps)
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
         """A step has passed."""
@@ -35,10 +39,11 @@ class ProgressReport:
             return
         text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=self._samples_before(step), step=step, description=text)
         elif time.monotonic() - self._said >= LINE_EVERY_SECONDS or step == self._total:
             self._said = time.monotonic()
-            left = (self._said - self._began) / max(1, step - self._start) * (self._total - step)
+            start, here, end = (self._samples_before(done) for done in (self._start, step, self._total))
+            left = (self._said - self._began) / max(1, here - start) * (end - here)
             self.say(f"step {step}/{self._total}  {text}  {left:.0f} s left")
 
     def say(self, text: str) -> None:

@@ -16,6 +16,7 @@ import wandb
 
 from configs.durable import write_file
 from configs.schema import RunConfig
+from pretrain.watch.stop_tag import watch_stop_tag
 
 INIT_TIMEOUT_SECONDS = 20
 # What could not be uploaded by then stays in the run folder for `wandb sync`.
@@ -86,6 +87,8 @@ def start_tracking(config: RunConfig, folder: Path, say: Callable[[str], None]) 
         run.define_metric("step")
         run.define_metric("tokens_seen")
         run.define_metric("*", step_metric="step")
+        if how == "online":
+            watch_stop_tag(run, folder, say)
         return run
 
     try:

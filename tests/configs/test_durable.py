@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import durable
-from configs.durable import commit_folder, remove_folders, sha256_of_file, write_file
+from configs.durable import commit_folder, open_plain, remove_folders, sha256_of_file, write_file
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -190,3 +190,23 @@ def test_folders_are_removed_and_missing_ones_do_not_matter(tmp_path: Path) -> N
     remove_folders([tmp_path / "a", tmp_path / "never"])
     assert not (tmp_path / "a").exists()
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder", "device"])
+def test_only_a_plain_file_is_opened_as_one(kind: str, tmp_path: Path) -> None:
+    """At once: a pipe that nobody writes is not waited for."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    with open_plain(path) as file:
+        assert file.read() == b"content"
+    other = tmp_path / "other"
+    if kind in ("link", "dangling"):
+        other.symlink_to(path if kind == "link" else tmp_path / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(other)
+    elif kind == "folder":
+        other.mkdir()
+    else:
+        other = Path("/dev/zero")
+    with pytest.raises(OSError):
+        open_plain(other)

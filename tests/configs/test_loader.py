@@ -107,10 +107,29 @@ def test_a_quoted_number_is_refused_in_file_and_override(quoted: str) -> None:
         ("data: {sources: [7]}", "data.sources.0: found 7, wanted a section."),
         ("data: {sources: [{name: a}]}", "data.sources.0.path: found nothing, wanted a value for this key."),
         ("deepspeed: 7", "deepspeed: found 7, wanted a section."),
-        ("precision: fp16", "precision: found the text 'fp16', wanted 'bf16' or 'fp32'."),
+        ("precision: fp8", "precision: found the text 'fp8', wanted 'bf16', 'fp16' or 'fp32'."),
         ("optimizer: {weight_decay: .inf}", "optimizer.weight_decay: found inf, wanted a finite number."),
         ("optimizer: {peak_lr: .nan}", "optimizer.peak_lr: found nan, wanted a finite number."),
         ("parallel: {zero_stage: true}", "parallel.zero_stage: found True, wanted a whole number."),
+        ("model: {qk_norm: true}", "model.qk_norm: found True, wanted 'head' or 'full'."),
+        ("model: {sliding_window: 0}", "model.sliding_window: found 0, wanted greater than 0."),
+        ("model: {attention_softcap: .inf}", "model.attention_softcap: found inf, wanted a finite number."),
+        ("model: {block: parts}", "model.block: wanted package.module:name, of a class or function of your own."),
+        ("model: {settings: 7}", "model.settings: found 7, wanted a section."),
+        ("model: {rope_scaling: 7}", "model.rope_scaling: found 7, wanted a section."),
+        (
+            "model: {rope_scaling: {kind: yarn, factor: 2}}",
+            "model.rope_scaling.original_context: found nothing, wanted a value for this key.",
+        ),
+        (
+            "model: {rope_scaling: {kind: ntk, factor: 2, original_context: 9}}",
+            "model.rope_scaling.kind: found the text 'ntk', wanted 'linear', 'llama3' or 'yarn'.",
+        ),
+        ("objective: {kind: prefx}", "found the text 'prefx', wanted 'next_token', 'continuation' or 'prefix'."),
+        ("objective: {kind: prefx}", "wanted package.module:name, of a class or function of your own."),
+        ("objective: {loss: 'a:b:c'}", "objective.loss: wanted package.module:name, of a class or function of your own."),
+        ("objective: {masked_tokens: [7]}", "objective.masked_tokens.0: found 7, wanted text."),
+        ("training: {fill_in_the_middle: true}", "training.fill_in_the_middle: found True, wanted a section."),
         ("7: {a: 1}", "a key has to be a word; put it in quotes."),
         ("[1, 2]", "run.yaml: found a list, wanted sections such as `model:` and `training:`."),
     ],
@@ -130,6 +149,15 @@ def test_a_wrong_type_says_what_was_found_and_wanted(text: str, words: str) -> N
         ("peak_lr: 1", "peak_lr", "optimizer.peak_lr"),
         ("data: {sources: [{name: a, path: b, formt: text}]}", "data.sources.0.formt", "data.sources.format"),
         ("training: {sequence_lenght: 1}", "training.sequence_lenght", "training.sequence_length"),
+        ("model: {soft_cap: 30}", "model.soft_cap", "model.logit_softcap"),
+        ("model: {rope_scalling: {kind: yarn}}", "model.rope_scalling", "model.rope_scaling"),
+        ("model: {window: 30}", "model.window", "model.sliding_window"),
+        (
+            "model: {rope_scaling: {kind: yarn, factr: 2, factor: 2, original_context: 9}}",
+            "model.rope_scaling.factr",
+            "model.rope_scaling.factor",
+        ),
+        ("objective: {zloss: 1}", "objective.zloss", "objective.z_loss"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(text: str, key: str, nearest: str) -> None:
@@ -156,8 +184,8 @@ def test_a_missing_file_names_the_nearest() -> None:
 
 
 def test_a_file_that_is_not_text_is_refused() -> None:
-    Path("run.yaml").write_bytes(b"run: {name: \xff\xfe}")
-    with pytest.raises(UserError, match=r"run.yaml: cannot be read"):
+    Path("run.yaml").write_bytes(b"run:\n  {name: \xff\xfe}")
+    with pytest.raises(UserError, match=r"run.yaml: line 2 is not UTF-8"):
         load_config(Path("run.yaml"))
 
 
@@ -182,9 +210,14 @@ def test_a_file_that_is_not_text_is_refused() -> None:
         ("a: 1\n---\nb: 2\n", "not valid YAML: but found another document."),
         ("a: " + "1" * 5000, "not valid YAML: Exceeds the limit"),
         ("a: " + "[" * 5000, "not valid YAML: nested too deeply."),
-        ("a: !!timestamp 2024-13-45", "not valid YAML: month must be in 1..12."),
+        ("a: !!timestamp 2024-13-45", "could not determine a constructor for the tag 'tag:yaml.org,2002:timestamp'"),
         ("a: !!int x", "not valid YAML"),
         ("\ta: 1", "not valid YAML"),
+        ("optimizer: {settings: {a: 0x" + "f" * 5000 + "}}", "not valid YAML: Exceeds the limit"),
+        ("optimizer: {settings: {a: !!set {b}}}", "could not determine a constructor for the tag 'tag:yaml.org,2002:set'"),
+        ("optimizer: {settings: {a: !!binary aGVsbG8=}}", "could not determine a constructor for the tag 'tag:yaml.org,2002:binary'"),
+        ('run: {root: "a\\0b"}', "run.yaml: not valid YAML: a text holds a NUL or half a surrogate pair."),
+        ("# " + "x" * 300_000, "run.yaml: has more than 262144 characters; wanted a run file."),
     ],
 )
 def test_broken_and_hostile_files_are_refused_in_words(text: str, words: str) -> None:
@@ -264,6 +297,19 @@ def test_an_include_is_a_name_or_a_list_of_names(include: str) -> None:
     assert "wanted a file name or a list of file names" in refusal(f"include: {include}")
 
 
+def test_includes_that_grow_without_bound_are_refused() -> None:
+    """Each includes the next twice: 2 to the power of 20 in all."""
+    for number in range(20):
+        write(f"{number}.yaml", f"include: [{number + 1}.yaml, {number + 1}.yaml]")
+    write("20.yaml", "")
+    assert "is file 101 of those that include one another; wanted 100 at most." in refusal("include: 0.yaml")
+
+
+def test_what_is_refused_is_not_printed_whole() -> None:
+    assert len(refusal("run: {seed: " + "x" * 100_000 + "}")) < 500
+    assert len(refusal("k" * 1000 + ": 1")) < 800
+
+
 def test_a_missing_include_names_the_including_file_and_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     write("package/models/gpt2.yaml", "")
     monkeypatch.setattr(configs.loader, "PACKAGED", Path("package"))
@@ -272,7 +318,7 @@ def test_a_missing_include_names_the_including_file_and_the_nearest(monkeypatch:
         "run.yaml: include: models/gtp2.yaml: no such file, neither beside this file nor among the packaged ones. "
         "The nearest name is models/gpt2.yaml."
     )
-    assert "no such file" in refusal('include: "a\\0b"')
+    assert "a text holds a NUL" in refusal('include: "a\\0b"')
     assert "no such file" in refusal("include: ''")
 
 
@@ -350,7 +396,8 @@ def test_an_owned_deepspeed_key_names_ours_and_the_file() -> None:
 
 LIKE_NUMBERS = ["3e-4", "1e5", "08", "010", "1:30", "1_000", "0x10", "2024-01-01", ".inf", ".nan"]
 LIKE_SYNTAX = ["yes", "null", "~", "true", "=", "<<", "- a", "a: b", "#", "*a"]
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(LIKE_NUMBERS + LIKE_SYNTAX)
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+TEXTS = st.text(LETTERS, max_size=12) | st.sampled_from(LIKE_NUMBERS + LIKE_SYNTAX)
 LIKE_NAMES = ["1e5", "3e-4", "08", "no", "null", "0x1", "1.5"]
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True) | st.sampled_from(LIKE_NAMES)
 JSON = st.recursive(
@@ -387,6 +434,31 @@ def test_a_dumped_configuration_loads_equal(
     path.write_text(text, encoding="utf-8")
     assert load_config(path) == config
     assert dump_config(load_config(path)) == text
+
+
+def test_a_model_and_an_objective_of_ones_own_are_dumped_and_loaded_equal() -> None:
+    """Lists inside settings are tuples in a configuration, which is frozen, and lists again in its file."""
+    config = load(
+        "model: {block: 'parts:Block', sliding_window: 64, qk_norm: full, norm_placement: after, logit_softcap: 30, settings: "
+        "{sizes: [1, {deep: [2.5, x]}], top: null}, rope_scaling: {kind: yarn, factor: 4, original_context: 2048, attention_factor: 1.5}}\n"
+        "objective: {kind: 'goals:continue', loss: 'parts:loss', masked_tokens: ['<|a|>'], settings: {separator: x}}\n"
+        "training: {fill_in_the_middle: {share: 0.25}}"
+    )
+    assert config.model.settings == {"sizes": (1, {"deep": (2.5, "x")}), "top": None}
+    assert config.model.rope_scaling is not None
+    assert (config.model.rope_scaling.factor, config.model.rope_scaling.attention_factor) == (4, 1.5)
+    assert config.training.fill_in_the_middle is not None
+    text = dump_config(config)
+    assert load_config(write("again.yaml", text.replace("run.yaml", "again.yaml"))) == config
+    assert dump_config(load_config(Path("again.yaml"))) == text
+
+
+def test_parts_of_a_section_may_be_set_alone_by_an_override() -> None:
+    stretched = "model: {rope_scaling: {kind: yarn, factor: 4, original_context: 2048}}"
+    scaling = load(stretched, "model.rope_scaling.factor=8", "model.block=own:Block", "model.settings.deep.er=[1]").model
+    assert scaling.rope_scaling is not None
+    assert (scaling.rope_scaling.kind, scaling.rope_scaling.factor, scaling.settings) == ("yarn", 8, {"deep": {"er": (1,)}})
+    assert load(stretched, "model.rope_scaling=null").model.rope_scaling is None
 
 
 def test_a_dumped_configuration_holds_every_key() -> None:

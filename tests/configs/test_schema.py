@@ -1,54 +1,23 @@
-"""The schema: what is refused, in which words, and what may change when a run goes on."""
+"""The schema: what is refused, and in which words."""
 
 import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from configs.schema import CHANGEABLE, RunConfig, StageSection, TrainingSection, differing_keys
+from configs.model_section import RopeScalingSection
+from configs.schema import RunConfig, StageSection, TrainingSection
+from tests.configs.keys import LEAVES
 
 ROOT = Path(__file__).parent.parent.parent
-
-# What may differ when a run folder is started again. Written out here, so that a new mark is a decision.
-CHANGEABLE_KEYS = {
-    "run.name",
-    "run.root",
-    "run.readable_by",
-    "training.micro_batch_samples",
-    "parallel.zero_stage",
-    "parallel.processes",
-    "parallel.cpu_processes",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "evaluate.every_steps",
-    "evaluate.micro_batch_samples",
-    "watch.log_every_steps",
-    "watch.wandb",
-    "watch.wandb_project",
-    "watch.wandb_entity",
-    "deepspeed",
-}
-# Sections of which any key may differ: a checkpoint holds what was seen of the data by its hash.
-CHANGEABLE_SECTIONS = {"data", "mixture"}
-# Of these, what may differ when a dataset is built again in the same folder.
-CHANGEABLE_DATA_KEYS = {
-    "data.root",
-    "data.cache",
-    "data.cache_bytes",
-    "data.quarantine_limit",
-    "data.workers",
-    "data.tokenizer.engine",
-    "data.tokenizer.checked_fraction",
-    "data.verify_before_training",
-}
 
 
 def build(**sections: dict[str, Any]) -> RunConfig:
@@ -66,6 +35,8 @@ def staged(*stages: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+STRETCHED = {"kind": "yarn", "factor": 4.0, "original_context": 2048}
+
 # --- impossible combinations -------------------------------------------------------------------------------
 
 
@@ -79,6 +50,42 @@ def staged(*stages: dict[str, Any]) -> dict[str, Any]:
         ({"model": {"width": 36, "num_heads": 12}}, "rotary positions need an even head width, found 3"),
         ({"model": {"head_width": 63}}, "rotary positions need an even head width, found 63"),
         ({"model": {"width": 7, "num_heads": 1, "positions": "sinusoidal"}}, "sinusoidal positions need an even width, found 7"),
+        *(
+            (
+                {"model": {"positions": positions, "rope_scaling": STRETCHED}},
+                f"stretches rotary positions, found positions: {positions}; remove",
+            )
+            for positions in ("learned", "sinusoidal", "none")
+        ),
+        (
+            {"model": {"rope_scaling": STRETCHED | {"kind": "llama3", "low_frequency_factor": 4.0}}},
+            "low_frequency_factor 4.0 must be below high_frequency_factor 4.0",
+        ),
+        ({"model": {"rope_scaling": STRETCHED | {"beta_fast": 0.5}}}, "beta_slow 1.0 must be below beta_fast 0.5"),
+        (
+            {"model": {"implementation": "own:Model", "block": "own:Block"}},
+            "a block of your own stands in the Decoder, which implementation replaces; remove one of the two",
+        ),
+        *(
+            (
+                {"model": {"implementation": "own:Model"}, "objective": wrong},
+                "model.implementation computes its loss itself; objective.loss and",
+            )
+            for wrong in ({"loss": "own:loss"}, {"z_loss": 1e-4})
+        ),
+        *(
+            ({"objective": {"kind": kind}}, f"kind {kind} needs the separator that ends the given part of a document")
+            for kind in ("continuation", "prefix")
+        ),
+        (
+            {"objective": {"separator": "<|sep|>"}},
+            "kind next_token has no use for a separator; remove it, or set kind: continuation or prefix",
+        ),
+        ({"objective": {"loss": "own:loss", "z_loss": 1e-4}}, "z_loss is part of our loss; a loss of your own adds its own terms"),
+        (
+            {"objective": {"kind": "prefix", "separator": "<|sep|>"}, "training": {"separate_documents": False}},
+            "objective.kind prefix needs training.separate_documents: true; a prefix is that of one document",
+        ),
         ({"training": {"sequence_length": 8193}}, "sequence_length 8193 is longer than model.largest_context 8192"),
         ({"data": {"tokenizer": {"vocabulary_size": 40000}}}, "40000 does not fit into model.vocabulary_size 32768"),
         (
@@ -113,6 +120,7 @@ def staged(*stages: dict[str, Any]) -> dict[str, Any]:
         (staged({}, {"from_tokens": 10**9}), "each needs a step of its own before the run's end: move from_tokens, or remove a stage"),
         (staged({"sequence_length": 3}), "a stage's sequence_length 3 does not divide training.sequence_length 64"),
         (staged({}, {"from_tokens": STEP, "sequence_length": 128}), "a stage's sequence_length 128 does not divide"),
+        ({"model": {"settings": {"a": 1}}}, "settings are for a class of your own, and neither implementation nor block names one"),
     ],
 )
 def test_impossible_combinations_are_refused(sections: dict[str, Any], words: str) -> None:
@@ -126,6 +134,15 @@ def test_impossible_combinations_are_refused(sections: dict[str, Any], words: st
     [
         {"model": {"width": 770, "head_width": 64}},
         {"model": {"width": 36, "num_heads": 12, "positions": "learned"}},
+        {"model": {"width": 35, "num_heads": 7, "positions": "none"}},
+        {"model": {"rope_scaling": STRETCHED | {"low_frequency_factor": 4.0}}},
+        {"model": {"rope_scaling": STRETCHED | {"kind": "llama3", "beta_fast": 0.5}}},
+        {"model": {"rope_scaling": STRETCHED | {"kind": "linear", "factor": 1}}},
+        {"model": {"implementation": "own:Model", "settings": {"anything": (1, None)}}},
+        {"model": {"block": "own.deep:Block"}, "objective": {"loss": "own:loss"}},
+        {"objective": {"kind": "own:goal", "settings": {"a": 1}, "z_loss": 0}},
+        {"objective": {"kind": "continuation", "separator": "<|sep|>"}, "training": {"separate_documents": False}},
+        {"objective": {"kind": "prefix", "separator": "<|sep|>", "z_loss": 1}, "model": {"sliding_window": 8}},
         {"data": {"tokenizer": {"vocabulary_size": 40000, "path": "tokenizer.json"}}},
         {"run": {"deterministic": True}, "deepspeed": {"zero_optimization": None}},
         {"run": {"deterministic": True}, "deepspeed": {"zero_optimization": {"overlap_comm": False}}},
@@ -145,6 +162,78 @@ def test_names_that_cannot_be_folders_are_refused(name: str) -> None:
         build(run={"name": name})
     with pytest.raises(ValidationError, match="letters, digits"):
         build(data={"sources": ({"name": name, "path": "x"},)})
+
+
+# --- the forms of a model ----------------------------------------------------------------------------------
+
+
+def test_the_default_model_is_llamas_form_with_nothing_added() -> None:
+    model, objective = RunConfig().model, RunConfig().objective
+    assert (model.norm, model.norm_placement, model.feed_forward, model.positions) == ("rmsnorm", "before", "swiglu", "rope")
+    off = (model.implementation, model.block, model.initial_weights, model.rope_scaling, model.sliding_window, model.qk_norm)
+    assert {*off, model.attention_softcap, model.logit_softcap, objective.loss, objective.separator} == {None}
+    assert (model.biases, model.tied_head, model.dropout, model.settings) == (False, False, 0.0, {})
+    assert (objective.kind, objective.z_loss, objective.masked_tokens, objective.settings) == ("next_token", 0.0, (), {})
+    assert (model.initial_deviation, model.depth_scaled_initialization) == (0.02, True)
+    assert RunConfig().training.fill_in_the_middle is None
+
+
+def test_the_defaults_of_a_stretched_rotation_are_the_published_ones() -> None:
+    scaling = RopeScalingSection(kind="llama3", factor=8, original_context=8192)
+    assert (scaling.low_frequency_factor, scaling.high_frequency_factor) == (1.0, 4.0)
+    assert (scaling.beta_fast, scaling.beta_slow, scaling.attention_factor) == (32.0, 1.0, None)
+    assert hash(scaling) == hash(scaling.model_copy()), "tables are kept by it"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "ntk"},
+        {"kind": None},
+        {"factor": 0.99},
+        {"factor": float("inf")},
+        {"factor": float("nan")},
+        {"factor": "4"},
+        {"factor": None},
+        {"original_context": 0},
+        {"original_context": 2048.0},
+        {"low_frequency_factor": 0},
+        {"high_frequency_factor": -1.0},
+        {"beta_fast": 0},
+        {"beta_slow": float("inf")},
+        {"attention_factor": 0.0},
+        {"truncate": True},
+    ],
+    ids=str,
+)
+def test_a_stretched_rotation_takes_only_what_it_says(wrong: dict[str, Any]) -> None:
+    build(model={"rope_scaling": STRETCHED})
+    with pytest.raises(ValidationError):
+        build(model={"rope_scaling": STRETCHED | wrong})
+
+
+@pytest.mark.parametrize("key", ["kind", "factor", "original_context"])
+def test_a_stretched_rotation_says_from_where_and_how_far(key: str) -> None:
+    with pytest.raises(ValidationError, match="Field required"):
+        build(model={"rope_scaling": {name: value for name, value in STRETCHED.items() if name != key}})
+
+
+PLACES: list[Callable[[str], dict[str, Any]]] = [
+    lambda path: {"model": {"implementation": path}},
+    lambda path: {"model": {"block": path}},
+    lambda path: {"objective": {"loss": path}},
+    lambda path: {"objective": {"kind": path}},
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=["implementation", "block", "loss", "kind"])
+def test_what_is_of_ones_own_is_named_by_an_import_path(place: Callable[[str], dict[str, Any]]) -> None:
+    for right in ("parts:Model", "package.parts:Model", "_a.b1._c:_D2"):
+        assert build(**place(right)).model_dump() != RunConfig().model_dump()
+    nowhere = ["", "parts", "parts.Model", ":Model", "parts:", "parts:Model.inner"]
+    for wrong in (*nowhere, "parts:a:b", "pa rts:Model", "1a:b", "a:1b", "a/b:c", "a:b\n"):
+        with pytest.raises(ValidationError, match="wanted package.module:name, of a class or function of your own"):
+            build(**place(wrong))
 
 
 # --- sizes of a batch --------------------------------------------------------------------------------------
@@ -182,83 +271,7 @@ def test_a_run_is_rounded_up_to_whole_steps(total: int, length: int, batch: int)
     assert (training.total_steps - 1) * training.tokens_per_step < total <= training.total_steps * training.tokens_per_step
 
 
-# --- every key: frozen, strict, documented, changeable or reported ----------------------------------------
-
-
-def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and pydantic field of every value of the schema."""
-    for key, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from leaves(field.annotation, f"{prefix}{key}.")
-        else:
-            yield prefix + key, field
-
-
-LEAVES = dict(leaves())
-
-
-def value_at(config: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        config = getattr(config, key)
-    return config
-
-
-def with_value(config: Any, dotted: str, value: Any) -> Any:
-    """A copy with one value changed, unchecked: a mutation need not be sensible, only different."""
-    key, _, rest = dotted.partition(".")
-    return config.model_copy(update={key: with_value(getattr(config, key), rest, value) if rest else value})
-
-
-def another(value: Any, annotation: Any) -> Any:
-    """A value of the annotated type that is not `value`."""
-    if get_origin(annotation) is Literal:
-        return next(choice for choice in get_args(annotation) if choice != value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value + 1
-    if isinstance(value, str):
-        return value + "x"
-    if isinstance(value, dict):
-        return {"some_key": 1}
-    if isinstance(value, tuple):
-        return (*value, "one more")
-    assert value is None, f"write a mutation for {annotation}"
-    kinds = [kind for kind in get_args(annotation) if kind is not types.NoneType]
-    return "text" if str in kinds else 7
-
-
-@pytest.mark.parametrize("dotted", LEAVES)
-def test_every_key_is_changeable_or_reported(dotted: str) -> None:
-    before = RunConfig()
-    now = with_value(before, dotted, another(value_at(before, dotted), LEAVES[dotted].annotation))
-    assert now != before
-    found = differing_keys(before, now)
-    if dotted in CHANGEABLE_KEYS or dotted.partition(".")[0] in CHANGEABLE_SECTIONS:
-        assert (LEAVES[dotted].json_schema_extra == CHANGEABLE) == (dotted in CHANGEABLE_KEYS | CHANGEABLE_DATA_KEYS)
-        assert found == {}
-    else:
-        assert found == {dotted: (value_at(before, dotted), value_at(now, dotted))}
-
-
-def test_the_changeable_keys_exist_and_few_sections_carry_the_mark() -> None:
-    assert set(LEAVES) >= CHANGEABLE_KEYS | CHANGEABLE_DATA_KEYS
-    marked = {key for key, field in RunConfig.model_fields.items() if field.json_schema_extra == CHANGEABLE and key != "deepspeed"}
-    assert marked == CHANGEABLE_SECTIONS
-
-
-def test_data_and_mixture_may_change_and_what_is_learnt_from_them_may_not() -> None:
-    """How documents become samples is no matter of the data: it is held by the run folder itself."""
-    now = build(
-        data={"root": "elsewhere", "sources": ({"name": "a", "path": "x"},), "seed": 5}, mixture={"stages": ({"weights": {"a": 1.0}},)}
-    )
-    assert differing_keys(RunConfig(), now) == {}
-    now = build(training={"packing": "best_fit", "separate_documents": False, "restart_positions": False})
-    assert differing_keys(RunConfig(), now) == {
-        "training.packing": ("chop", "best_fit"),
-        "training.separate_documents": (True, False),
-        "training.restart_positions": (True, False),
-    }
+# --- stages, and every key: frozen, strict, documented ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,15 +313,6 @@ def test_a_stage_begins_with_the_first_step_at_its_tokens_or_behind(tokens: int,
     step, rest = divmod(training.first_sample(tokens), batch)
     assert rest == 0
     assert (step - 1) * training.tokens_per_step < tokens <= step * training.tokens_per_step
-
-
-def test_no_difference_is_no_difference() -> None:
-    assert differing_keys(RunConfig(), RunConfig()) == {}
-
-
-def test_several_differences_are_all_reported() -> None:
-    now = build(model={"num_layers": 13}, optimizer={"peak_lr": 1.0}, watch={"log_every_steps": 3})
-    assert differing_keys(RunConfig(), now) == {"model.num_layers": (12, 13), "optimizer.peak_lr": (3e-4, 1.0)}
 
 
 def allowed_types(annotation: Any) -> set[type]:
@@ -386,3 +390,14 @@ def test_loading_imports_no_heavy_library_and_takes_milliseconds(tmp_path: Path)
     assert modules == "[]"
     # Seconds of the processor, not of the clock: other work on the machine does not count. The first start may compile.
     assert min(seconds, once()[0]) < 0.5
+
+
+@pytest.mark.parametrize("store", ["s3://bucket", "s3://bucket/runs/of-2026", "gs://bucket/runs/", "az://container/runs"])
+def test_a_url_of_an_object_store_is_taken(store: str) -> None:
+    assert build(checkpoint={"store": store}).checkpoint.store == store
+
+
+@pytest.mark.parametrize("store", ["runs", "/runs", "s3:/bucket", "s3://", "file:///runs", "local:///runs", "s3://me:password@bucket/runs"])
+def test_what_is_no_url_of_an_object_store_is_refused(store: str) -> None:
+    with pytest.raises(ValidationError, match="such as s3://bucket/runs, without credentials"):
+        build(checkpoint={"store": store})

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DataSection, RuleSection, SourceSection, TokenizerSection
+from configs.data_section import DataSection, RuleSection, SourceSection, TokenizerSection
 from data_pipeline.arriving import ARRIVING
 from data_pipeline.build import BuildResult, build_dataset
 from data_pipeline.execution import open_here
@@ -94,6 +94,12 @@ def two_sources(corpus: Path, tmp_path: Path, data_for: Callable[..., DataSectio
 def build() -> Callable[..., BuildResult]:
     """Build in this process."""
     return lambda data, rebuild=False: build_dataset(data, ignore_progress, open_here, rebuild)
+
+
+@pytest.fixture
+def folder(corpus: Path, data_for: Callable[..., DataSection], build: Callable[..., BuildResult]) -> Path:
+    """The folder of a small dataset."""
+    return build(data_for(corpus)).folder
 
 
 @pytest.fixture

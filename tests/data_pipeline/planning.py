@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.data_section import DataSection, SourceSection
 from configs.errors import UserError
-from configs.schema import DataSection, SourceSection
 from data_pipeline.sources import plan_units, read_unit
 
 NOWHERE = Path("/nowhere")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import NearDuplicatesSection
+from configs.data_section import NearDuplicatesSection
 from data_pipeline.minhash import NO_SHINGLES
 from data_pipeline.signature_files import write_survey
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.data_section import DeduplicationSection, RuleSection
 from configs.errors import UserError
-from configs.schema import DeduplicationSection, RuleSection
 from configs.sealed import seal, unseal
 from data_pipeline import build as conductor
 from data_pipeline.arriving import ARRIVING, Arriving, UnitToCome, load_arrived, load_arriving, write_arriving

@@ -2,8 +2,8 @@
 
 import pytest
 
+from configs.data_section import DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection
 from configs.errors import UserError
-from configs.schema import DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection
 
 pytestmark = pytest.mark.usefixtures("without_waiting_for_the_disk")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from configs.data_section import DataSection, RuleSection, SourceSection
 from configs.errors import UserError
-from configs.schema import DataSection, RuleSection, SourceSection
 from data_pipeline.cleaning import RULES, apply_rules, bind_rules, describe_rules, identify_rules
 from data_pipeline.documents import Document, Dropped
 

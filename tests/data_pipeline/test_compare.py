@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
+from configs.data_section import RuleSection, TokenizerSection
 from configs.errors import UserError
-from configs.schema import RuleSection, TokenizerSection
 from data_pipeline.compare import compare_datasets, differing_keys
 from data_pipeline.documents import identify_document, place_document
 from data_pipeline.manifest import load_manifest

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from configs.schema import DeduplicationSection, NearDuplicatesSection
+from configs.data_section import DeduplicationSection, NearDuplicatesSection
 from data_pipeline import dedup, signature_files
 from data_pipeline.dedup import (
     EXACT_DUPLICATE,

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from configs.data_section import DataSection, SourceSection
 from configs.errors import UserError
-from configs.schema import DataSection, SourceSection
 from data_pipeline import fetch, json_lines
 from data_pipeline.documents import Document, TokenDocument
 from data_pipeline.fetch import local_copy, open_file

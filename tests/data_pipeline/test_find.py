@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configs.data_section import DataSection, SourceSection
 from configs.errors import UserError
-from configs.schema import DataSection, SourceSection
 from data_pipeline.find import find_files
 from data_pipeline.sources import plan_units
 from tests.data_pipeline.planning import NOWHERE, items_of, put, refused

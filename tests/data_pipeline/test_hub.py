@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from configs.data_section import SourceSection
 from configs.errors import UserError
-from configs.schema import SourceSection
 from data_pipeline.documents import Document, Rejected
 from data_pipeline.sources import read_unit
 from tests.data_pipeline.planning import items_of, put, refused

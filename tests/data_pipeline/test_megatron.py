@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from configs.data_section import DataSection, DeduplicationSection, SourceSection, TokenizerSection
 from configs.errors import UserError
-from configs.schema import DataSection, DeduplicationSection, SourceSection, TokenizerSection
 from data_pipeline.build import BuildResult, build_dataset
 from data_pipeline.execution import open_here
-from data_pipeline.manifest import SPLITS, Manifest, load_manifest, verify_dataset
+from data_pipeline.manifest import SPLITS, Manifest, load_manifest
 from data_pipeline.shards import Shard, read_spans
 from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
+from data_pipeline.verify import verify_dataset
 from tests.tiny import END_OF_TEXT, tiny_texts
 
 MEGATRON = "megatron-core==0.16.1"
@@ -280,6 +281,7 @@ def all_prefixes(folder: Path, manifest: Manifest) -> list[Path]:
     return [folder / record.name for split in SPLITS for record in manifest.shards(split)]
 
 
+@pytest.mark.long
 def test_megatron_reads_what_is_written_here_and_what_it_wrote_trains_here(
     tmp_path: Path, seed: int, megatron: Path, run_on_ranks: Callable[..., list[Any]]
 ) -> None:

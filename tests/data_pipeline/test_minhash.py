@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rensa import RMinHash
 
-from configs.schema import NearDuplicatesSection
+from configs.data_section import NearDuplicatesSection
 from data_pipeline import minhash
 from data_pipeline.minhash import NO_SHINGLES, band_hashes, has_words, hash_shingles, hash_words, signature_version, signatures
 
@@ -143,7 +143,7 @@ def test_the_estimate_is_near_the_truth(seed: int):
 def test_signatures_are_the_same_in_every_process():
     """What it prints is pinned too: another value means that the normalisation's version must be raised."""
     program = (
-        "from configs.schema import NearDuplicatesSection as S\n"
+        "from configs.data_section import NearDuplicatesSection as S\n"
         "from data_pipeline.minhash import *\n"
         "found = signatures(['The quick brown fox jumps over the lazy dog.', 'é 中文 two'], S())\n"
         "print(found[:, :2].tolist(), band_hashes(found, 16)[:, 0].tolist())"

@@ -2,7 +2,8 @@
 
 import json
 
-from data_pipeline.manifest import FORMAT_VERSION, Counts, DocumentCounts, Manifest, PackingRecord, ShardRecord
+from data_pipeline.manifest import FORMAT_VERSION, Manifest
+from data_pipeline.records import Counts, DocumentCounts, PackingRecord, ShardRecord
 from data_pipeline.report import describe_build, describe_sources
 
 

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
+from configs.data_section import RuleSection, SourceSection, TokenizerSection
 from configs.errors import UserError
-from configs.schema import RuleSection, SourceSection, TokenizerSection
 from data_pipeline.build import build_dataset
 from data_pipeline.execution import open_here, open_ray
 from data_pipeline.sampling import SAMPLED_UNITS, Sample, sample_texts

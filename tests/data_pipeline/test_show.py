@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from configs.data_section import SourceSection
 from configs.errors import UserError
-from configs.schema import SourceSection
 from data_pipeline.documents import identify_document
 from data_pipeline.manifest import load_manifest
 from data_pipeline.shards import Shard, read_spans

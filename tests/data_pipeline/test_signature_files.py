@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import DeduplicationSection
+from configs.data_section import DeduplicationSection
 from data_pipeline.dedup import exact_partition
 from data_pipeline.signature_files import Survey, content_hash, merge_surveys, write_survey
 from tests.data_pipeline.surveys import NEAR, make_documents, write_units

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configs.data_section import DataSection, SourceSection
 from configs.errors import UserError
-from configs.schema import DataSection, SourceSection
 from data_pipeline.documents import Document, Rejected, TokenDocument
 from data_pipeline.input_file import InputFile
 from data_pipeline.shards import ShardWriter

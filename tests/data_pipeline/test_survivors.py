@@ -3,7 +3,7 @@
 import json
 import random
 
-from configs.schema import DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection
+from configs.data_section import DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection
 from data_pipeline.manifest import SPLITS
 from data_pipeline.shards import read_spans
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from configs.data_section import DataSection, SourceSection
 from configs.errors import UserError
-from configs.schema import DataSection, SourceSection
 from data_pipeline import packed
 from data_pipeline.documents import Document, Rejected
 from data_pipeline.sources import plan_units, read_unit

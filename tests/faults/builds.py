@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from configs.schema import DataSection
+from configs.data_section import DataSection
 from tests.faults.driver import drive
 
 ROOT = Path(__file__).parent.parent.parent

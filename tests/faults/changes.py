@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import DataSection, RuleSection, SourceSection, TokenizerSection
+from configs.data_section import DataSection, RuleSection, SourceSection, TokenizerSection
 from tests.faults.builds import build_here, differences, reference_of, snapshot
 from tests.faults.campaign import Case, Outcome
 from tests.faults.corpora import NEAR, RULES, describe_build, write_corpora

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from configs.schema import DataSection, DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection, TokenizerSection
+from configs.data_section import DataSection, DeduplicationSection, NearDuplicatesSection, RuleSection, SourceSection, TokenizerSection
 
 WORDS = (
     "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "naïve", "東京", "emoji", "🦊", "and", "NUL\x00",

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from configs.data_section import DataSection
 from configs.errors import UserError
-from configs.schema import DataSection
 from data_pipeline.build import build_dataset
 from data_pipeline.execution import open_here, open_ray
 

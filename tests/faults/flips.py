@@ -10,13 +10,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.data_section import DataSection
 from configs.errors import UserError
-from configs.schema import DataSection
 from configs.sealed import unseal
 from data_pipeline.committed import CommittedRecord, load_folder
-from data_pipeline.manifest import verify_dataset
 from data_pipeline.survey import SurveyRecord
 from data_pipeline.units import UnitRecord
+from data_pipeline.verify import verify_dataset
 from tests.faults.builds import build_here, count_committed, differences, reference_of, snapshot
 from tests.faults.campaign import Case, Outcome
 from tests.faults.corpora import NEAR, describe_build, write_corpora

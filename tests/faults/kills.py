@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from configs.schema import DataSection
+from configs.data_section import DataSection
 from tests.faults.builds import (
     Driver,
     Ended,

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from configs.schema import DataSection, SourceSection, TokenizerSection
+from configs.data_section import DataSection, SourceSection, TokenizerSection
 from data_pipeline.manifest import SPLITS, load_manifest
 from data_pipeline.shards import read_spans
 from tests.faults.builds import build_here

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import DataSection
+from configs.data_section import DataSection
 from tests.faults.builds import Ended, build_here, count_committed, differences, snapshot
 from tests.faults.campaign import Case, Outcome
 from tests.faults.corpora import NEAR, describe_build, write_corpora

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import DataSection, RuleSection, TokenizerSection
+from configs.data_section import DataSection, RuleSection, TokenizerSection
 from tests.faults.builds import Ended, differences, reference_of, snapshot, start_driver
 from tests.faults.campaign import Case, Outcome
 from tests.faults.corpora import NEAR, RULES, describe_build, write_corpora

@@ -3,20 +3,13 @@
 `make faults` runs all of it.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.faults.builds import differences
-from tests.faults.campaign import Case, Kind, Outcome, choose_cases, run_kind
+from tests.faults.campaign import Case, Kind, Outcome, choose_cases, run_kind, run_sample
 from tests.faults.data import KINDS
 from tests.faults.lines import read_independently
 
-ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_SECONDS = 400
 SHARES = {
     "worker_kills": 0.05,
@@ -40,14 +33,7 @@ def test_every_kind_is_sampled():
 @pytest.mark.parametrize("kind", SHARES)
 def test_sample(kind, seed):
     """In a process of its own: cases fork, which the threads of other tests would not survive."""
-    command = [sys.executable, "-m", "tests.faults.data", "--json", "--kind", kind, "--seed", str(seed), "--sample", str(SHARES[kind])]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    assert done.stdout, done.stderr
-    found = json.loads(done.stdout)
-    assert not found["problems"], "\n".join([*found["problems"], f"to repeat: python {' '.join(command[1:])}"])
-    assert done.returncode == 0 and found["tried"] == found["passed"] > 0
-    assert (found["kind"], found["seed"]) == (kind, seed)
+    run_sample("data", kind, seed, SHARES[kind], TIMEOUT_SECONDS)
 
 
 def test_a_failure_is_told_with_what_repeats_it(tmp_path):

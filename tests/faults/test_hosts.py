@@ -11,41 +11,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from configs.schema import DataSection, RuleSection
+from configs.data_section import DataSection, RuleSection
 from tests.faults.builds import QUIET, ROOT, differences, kill_all, members_of, name_of, snapshot, start_driver
 from tests.faults.corpora import NEAR, RULES, describe_build, write_corpora
 from tests.faults.rules import HOSTS, PAUSE_SECONDS
+from tests.faults.two_hosts import Host, reason_to_skip, two_hosts
 
 pytestmark = pytest.mark.cluster
 PORT = 6399
 START_SECONDS = 90
 OBJECT_STORE_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class Host:
-    """A host of its own, as far as its network goes."""
-
-    number: int
-    namespace: str
-    address: str
-
-    @property
-    def name(self) -> str:
-        """What it calls itself."""
-        return f"host{self.number}"
-
-    @property
-    def prefix(self) -> tuple[str, ...]:
-        """Starts a command there; the process stays the same one."""
-        return ("ip", "netns", "exec", self.namespace, "unshare", "--uts", "bash", "-c", f'hostname {self.name}; exec "$@"', "bash")
 
 
 @dataclass(frozen=True)
@@ -70,12 +52,8 @@ class Cluster:
 def _asked_for(request: pytest.FixtureRequest) -> None:
     if "cluster" not in request.config.getoption("-m"):
         pytest.skip("two hosts are made by `make cluster-tests` only")
-    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "bash"))):
-        pytest.skip("needs root, ip and unshare")
-    probe = f"p{secrets.token_hex(3)}"
-    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
-        pytest.skip("needs the right to make network namespaces")
-    subprocess.run(["ip", "netns", "del", probe], check=True)
+    if reason := reason_to_skip():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +67,8 @@ def cluster(_asked_for: None) -> Generator[Cluster, None, None]:
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        hosts = stack.enter_context(_two_hosts())
-        sessions = [stack.enter_context(_ray_on(host, hosts[0], folder, environment)) for host in hosts]
+        hosts = stack.enter_context(two_hosts())
+        sessions = [stack.enter_context(ray_on(host, hosts[0], folder, environment)) for host in hosts]
         yield Cluster(hosts, (sessions[0], sessions[1]), folder, {**environment, "RAY_ADDRESS": f"{hosts[0].address}:{PORT}"})
 
 
@@ -160,34 +138,20 @@ def _num_units_done(lines: list[dict]) -> int:
 
 
 @contextmanager
-def _two_hosts() -> Generator[tuple[Host, Host], None, None]:
-    """Two network namespaces with a cable between them; it goes with them."""
-    mark, network = secrets.token_hex(3), f"10.231.{secrets.randbelow(256)}"
-    hosts = (Host(1, f"f{mark}1", f"{network}.1"), Host(2, f"f{mark}2", f"{network}.2"))
-    with ExitStack() as stack:
-        for host in hosts:
-            _ip("netns", "add", host.namespace)
-            stack.callback(_ip, "netns", "del", host.namespace)
-        _ip("link", "add", "cable", "netns", hosts[0].namespace, "type", "veth", "peer", "name", "cable", "netns", hosts[1].namespace)
-        for host in hosts:
-            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "cable")
-            _ip("-n", host.namespace, "link", "set", "cable", "up")
-            _ip("-n", host.namespace, "link", "set", "lo", "up")
-        yield hosts
-
-
-@contextmanager
-def _ray_on(host: Host, head: Host, folder: Path, environment: dict[str, str]) -> Generator[int, None, None]:
+def ray_on(
+    host: Host, head: Host, folder: Path, environment: dict[str, str], dashboard: Sequence[str] = ("--include-dashboard=false",)
+) -> Generator[int, None, None]:
     """Ray's processes of a host, in a session of their own: its id."""
-    place = ["--head", f"--port={PORT}", "--include-dashboard=false"] if host == head else [f"--address={head.address}:{PORT}"]
+    place = ["--head", f"--port={PORT}", *dashboard] if host == head else [f"--address={head.address}:{PORT}"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, f"--node-ip-address={host.address}", "--num-cpus=1"]
     command += [f"--temp-dir={folder / str(host.number)}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--block"]
-    slow = {PAUSE_SECONDS: "0.01", HOSTS: str(folder / "hosts"), "PYTHONPATH": str(ROOT)}
+    slow = {PAUSE_SECONDS: "0.01", HOSTS: str(folder / "hosts")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     log = folder / f"{host.name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*host.prefix, *command],
-            env={**os.environ, **QUIET, **environment, **slow},
+            env={**os.environ, **QUIET, **environment, **slow, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -204,7 +168,3 @@ def _ray_on(host: Host, head: Host, folder: Path, environment: dict[str, str]) -
         process.kill()
         process.wait()
         kill_all([*members, *members_of(process.pid)])
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)

@@ -5,12 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from data_pipeline import build as conductor
 from data_pipeline.execution import open_here
-from pretrain import cli
-from tests.pretrain.verbs import RULES, RUN_FILE, Result, Run
+from tests.pretrain.verbs import RULES, RUN_FILE, Run, call
 
 
 @pytest.fixture(name="place")
@@ -34,11 +32,4 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(name="run")
 def _run(place: Path) -> Run:
     """Run a verb of `pretrain data`; an error of ours is raised."""
-
-    def run(*arguments: object) -> Result:
-        done = CliRunner().invoke(cli.app, ["data", *map(str, arguments)], prog_name="pretrain")
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        return Result(done.exit_code, done.stdout, done.stderr)
-
-    return run
+    return partial(call, "data")

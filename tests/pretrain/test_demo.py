@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.steps import Steps
 from pretrain.demo import choose_run, describe_data_wait, held_out_text, load_name, run_demo, xz_bits_per_byte
 from pretrain.run.folder import RunFolder
 from tests.tiny import END_OF_TEXT, tiny_texts, write_tiny_dataset
@@ -57,6 +58,19 @@ def test_the_share_of_waiting_is_of_the_time_of_all_steps(tmp_path: Path) -> Non
     assert describe_data_wait(folder, 8) == (
         f"{share:.4f} % of the time of 32 steps (18 s), {middle:.4f} % in the median of their 4 rows in metrics.jsonl (goal: under 0.1 %)"
     )
+
+
+def test_a_row_of_a_ramp_spans_the_tokens_of_its_own_steps(tmp_path: Path) -> None:
+    """Four steps of 2 samples, then steps of 5, all of 8 tokens; an attempt begins between two rows."""
+    steps, folder = Steps(1000, 8, [(8 * 8, 2)], 5), RunFolder(tmp_path)
+    folder.attempts_file.write_text('{"attempt": 1, "first_step": 0}\n{"attempt": 2, "first_step": 7}\n')
+    wanted = [(1, 5, 13, 4.0, 1.0), (2, 10, 15, 2.0, 0.0)]  # attempt, step, samples that it spans, seconds, seconds waited
+    rows = [
+        {"step": step, "attempt": attempt, "tokens_per_second": 8 * samples / seconds, "data_wait_share": waited / seconds}
+        for attempt, step, samples, seconds, waited in wanted
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert describe_data_wait(folder, 8, steps.samples_before).startswith(f"{100 / 6:.4f} % of the time of 8 steps (6 s), 12.5000 % in")
 
 
 TINY_DEMO = """

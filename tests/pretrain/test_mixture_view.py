@@ -14,9 +14,10 @@ from typer.testing import CliRunner, Result
 from configs.durable import sha256_of_file
 from configs.errors import UserError
 from configs.loader import dump_config
-from configs.schema import RunConfig
-from data_pipeline.manifest import FileRecord, PackingRecord, ShardRecord, write_manifest
+from configs.schema import BatchSection, RunConfig
+from data_pipeline.manifest import write_manifest
 from data_pipeline.packing import count_best_fit, count_chopped, pack_documents, packs_name, write_packs
+from data_pipeline.records import FileRecord, PackingRecord, ShardRecord
 from pretrain import cli
 from pretrain.checkpoint.verify import FORMAT
 from pretrain.data.corpus import open_corpus
@@ -135,12 +136,54 @@ def test_samples_tokens_and_epochs_are_those_of_the_order(make: Make) -> None:
     assert found["too_small"] == ["tiny"]
 
 
+def ramped(config: RunConfig, *ramp: tuple[int, int], batch: int) -> RunConfig:
+    """The same with smaller steps at its beginning: until how many samples they have how many."""
+    sections = tuple(BatchSection(until_tokens=until * T, global_batch_samples=size) for until, size in ramp)
+    training = config.training.model_copy(update={"batch_ramp": sections, "global_batch_samples": batch})
+    return RunConfig.model_validate(config.model_copy(update={"training": training}).model_dump())
+
+
+def test_a_ramp_counts_steps_of_their_own_sizes(make: Make, tmp_path: Path) -> None:
+    """Steps of 1, 2 and 5 samples; of 280 samples that are asked for, the last step sees two more."""
+    config = ramped(make(70), (19, 1), (60, 2), batch=5)
+    sizes = [1] * 19 + [2] * 21 + [5] * 44
+    assert sum(sizes) == 281
+    found = describe_mixture(config, step=45)
+    assert (found["total_steps"], found["total_tokens"]) == (len(sizes), sum(sizes) * T)
+    # The stages begin with the first step behind 120 and 179 samples.
+    bounds = [0, 52, 64, len(sizes)]
+    assert [sum(sizes[:bound]) for bound in bounds] == [0, 121, 181, 281]
+    for stage, first, end in zip(found["stages"], bounds, bounds[1:], strict=False):
+        begin, behind = sum(sizes[:first]), sum(sizes[:end])
+        assert (stage["first_step"], stage["num_steps"]) == (first + 1, end - first)
+        assert (stage["first_token"], stage["num_tokens"]) == (begin * T, (behind - begin) * T)
+        counts = count_one_by_one(config, np.arange(begin, behind))
+        assert {name: one["samples"] for name, one in stage["sources"].items()} == {name: counts[name] for name in SAMPLES}
+    now = count_one_by_one(config, np.arange(sum(sizes[:45])))
+    assert {name: one["by_now"]["samples"] for name, one in found["sources"].items()} == {name: now[name] for name in SAMPLES}
+    shown = run_verb(config, tmp_path, "data", "mixture", "--step=52").stdout
+    assert f": {len(sizes)} steps of 1 to 5 samples of 8 tokens, 2,248 tokens;" in shown
+    assert "stage 2 (now): 12 steps from step 53 on, 480 tokens from token 968 on" in shown
+    assert [section["global_batch_samples"] for section in found["batch_ramp"]] == [1, 2]
+
+
 def test_what_is_skipped_is_not_seen(make: Make) -> None:
     """A run folder's newest commit tells it; stages begin at the same samples, and earlier by the steps that were left out."""
     config = make(70)
     skipped = ((10 * GLOBAL, 12 * GLOBAL), (50 * GLOBAL, 51 * GLOBAL))
     state = TrainState(60, 60 * GLOBAL, 60 * STEP, 0, skipped).to_json()
-    content: dict[str, Any] = {"format": FORMAT, "state": state, "identity": {}, "files": {}, "world_size": 1, "attempt": 1}
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "state": state,
+        "identity": {},
+        "code": {},
+        "layout": {},
+        "loss": "0x1p+0",
+        "time": 0,
+        "files": {},
+        "world_size": 1,
+        "attempt": 1,
+    }
     folder = RunFolder.of(config).checkpoints / "step-00000060"
     folder.mkdir(parents=True)
     seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -274,6 +317,17 @@ def test_more_epochs_than_allowed_are_refused_with_numbers_and_what_to_change(ma
     with pytest.raises(UserError, match=r"code 2.55 times \(51 samples of 20\)"):
         check_repeats(make(32, ONE, 2.5))
     assert check_repeats(make(60, ONE, 4.8)) == []
+
+
+def test_fewer_tokens_are_whole_steps_of_the_ramp_and_leave_it_whole(make: Make) -> None:
+    """code may be seen 50 times, as in 125 samples: 20 steps of 2 and 17 of 5. Where steps of 5 begin behind that, nothing is advised."""
+    with pytest.raises(UserError, match=f"Lower training.total_tokens to {125 * T} at most"):
+        check_repeats(ramped(make(60, ONE, 2.5), (40, 2), batch=5))
+    config = ramped(make(60, ONE, 2.5), (40, 2), batch=5)
+    allowed = config.training.model_copy(update={"total_tokens": 125 * T})
+    assert check_repeats(config.model_copy(update={"training": allowed})) == []
+    with pytest.raises(UserError, match=r"samples of 20\)\. Give web, code less weight"):
+        check_repeats(ramped(make(60, ONE, 2.5), (150, 2), batch=5))
 
 
 def test_fewer_tokens_are_not_advised_where_the_last_stage_would_not_begin(make: Make) -> None:

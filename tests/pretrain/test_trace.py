@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from configs.errors import UserError
 from configs.loader import dump_config, load_config
-from configs.schema import RunConfig
+from configs.schema import BatchSection, RunConfig
 from data_pipeline.build import build_dataset
 from data_pipeline.execution import open_here
 from data_pipeline.manifest import load_manifest
@@ -115,9 +115,21 @@ def start_run(base: RunConfig, place: Path, step: int | None = None, skipped: Sk
 def commit(run: RunFolder, step: int, skipped: Skipped) -> None:
     """A commit of a step, without weights."""
     corpus, order = open_run(run, skipped)
-    state = TrainState(step, step * GLOBAL, step * GLOBAL * T, 0, skipped)
+    seen = run.load_config().training.steps.samples_before(step)
+    state = TrainState(step, seen, seen * T, 0, skipped)
     identity = order.identity(state.samples_seen) | {"tokenizer": corpus.tokenizer_sha256}
-    content = {"format": FORMAT, "state": state.to_json(), "attempt": 1, "world_size": 1, "identity": identity, "files": {}}
+    content = {
+        "format": FORMAT,
+        "state": state.to_json(),
+        "attempt": 1,
+        "world_size": 1,
+        "identity": identity,
+        "code": {},
+        "layout": {},
+        "loss": "0x1p+0",
+        "time": 0,
+        "files": {},
+    }
     write_sealed(run, step, content)
     assert read_commit(run.checkpoints / commit_name(step)).state == state
 
@@ -178,6 +190,34 @@ def test_the_documents_of_a_step_are_the_tokens_that_it_is_fed(base: RunConfig, 
         rows = samples[(step - 1) * GLOBAL : step * GLOBAL]
         assert np.array_equal(np.stack([targets(one, documents) for one in rows]), labels), step
         assert step % 13 or trace.steps(step, step) == rows
+
+
+def test_a_ramp_is_traced_in_both_directions(base: RunConfig, tmp_path: Path) -> None:
+    """Steps of 3, 6 and 9 samples: each row is what is fed, a document's sightings are the same, and the newest commit is in the ramp."""
+    ramp = tuple(BatchSection(until_tokens=until * T, global_batch_samples=size) for until, size in ((30, 3), (152, 6)))
+    run = start_run(base, tmp_path, 20, batch_ramp=ramp, global_batch_samples=9)
+    sizes = [3] * 10 + [6] * 21 + [9] * 56
+    trace, documents = Trace(run), read_documents(base)
+    assert (sum(sizes), trace.training.total_steps) == (30 + 126 + 504, len(sizes)) == (STEPS * GLOBAL, 87)
+    samples = trace.steps(1, len(sizes))
+    assert [one.sample for one in samples] == list(range(sum(sizes))) and trace.end == sum(sizes)
+    assert [(one.step, one.row) for one in samples] == [(step, row) for step, size in enumerate(sizes, 1) for row in range(size)]
+    begin = 0
+    for step, labels in enumerate(feed(run, (), len(sizes)), 1):
+        rows = samples[begin : begin + sizes[step - 1]]
+        assert np.array_equal(np.stack([targets(one, documents) for one in rows]), labels), step
+        assert step % 13 or trace.steps(step, step) == rows
+        assert {one.sequence_length for one in rows} == {8 if begin >= 40 * GLOBAL else T}, "a stage begins with a step"
+        begin += len(rows)
+    assert_back_is_forward(trace, samples, documents)
+    for one in (one for document_id in documents for one in trace.document(document_id).sightings):
+        assert one.state == ("seen" if one.sample < 30 + 10 * 6 else "to come")
+    found = json.loads(ask(run, "--step", 11, "--json"))
+    assert [one["sample"] for one in found["samples"]] == list(range(30, 36))
+    assert [section["global_batch_samples"] for section in found["batch_ramp"]] == [3, 6]
+    assert ask(run, "--step", 11).startswith(f"{run.path}: 87 steps of 3 to 9 samples; its newest commit is of step 20\n")
+    with pytest.raises(UserError, match="has the steps 1 to 87"):
+        trace.steps(88, 88)
 
 
 def test_a_part_says_whether_its_document_is_cut(base: RunConfig, tmp_path: Path) -> None:
@@ -461,5 +501,5 @@ def test_a_commit_of_an_older_version_is_not_traced(base: RunConfig, tmp_path: P
     """Its order of samples was another."""
     run = start_run(base, tmp_path)
     write_sealed(run, 10, {"format": 1, "state": {"step": 10, "samples_seen": 60, "tokens_seen": 1920, "skipped_steps": 0}, "identity": {}})
-    with pytest.raises(UserError, match="step-00000010/MANIFEST.json: written in format 1, this version reads 2"):
+    with pytest.raises(UserError, match=rf"step-00000010/MANIFEST.json: written in format 1, this version reads {FORMAT}"):
         Trace(run)

@@ -25,7 +25,8 @@ watch: {{log_every_steps: 1, wandb: disabled}}
 def test_a_resumed_run_ends_with_the_same_bits(stage: int, tmp_path: Path) -> None:
     """20 steps at once, and 20 steps of which the second half starts again from the commit of step 10."""
     from pretrain.checkpoint.commit import reject_commit
-    from pretrain.checkpoint.fragments import state_hash
+    from pretrain.checkpoint.index import state_hash
+    from pretrain.checkpoint.verify import read_commit
 
     write_tiny_dataset(tmp_path / "data")
     run_file = tmp_path / "tiny.yaml"
@@ -35,7 +36,7 @@ def test_a_resumed_run_ends_with_the_same_bits(stage: int, tmp_path: Path) -> No
     hashes, losses = [], []
     for _ in range(2):
         subprocess.run(command, check=True, timeout=300)
-        hashes.append(state_hash(final))
+        hashes.append(state_hash(read_commit(final)))
         rows = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
         losses.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
         reject_commit(final)

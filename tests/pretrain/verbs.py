@@ -1,6 +1,10 @@
-"""For tests of the `data` verbs: a run file, a rule, and what a verb printed."""
+"""For tests of the verbs: a way to call one, and for those of `data` a run file and a rule."""
 
 from collections.abc import Callable
+
+from typer.testing import CliRunner
+
+from pretrain import cli
 
 RUN_FILE = """
 data:
@@ -29,3 +33,11 @@ class Result:
 
 
 Run = Callable[..., Result]
+
+
+def call(*arguments: object) -> Result:
+    """`pretrain ARGUMENTS` in this process; an error of ours is raised."""
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)), prog_name="pretrain")
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return Result(done.exit_code, done.stdout, done.stderr)

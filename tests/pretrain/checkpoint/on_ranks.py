@@ -20,14 +20,19 @@ import torch.distributed as distributed
 
 from configs import durable
 from configs.errors import UserError
+from configs.schema import CheckpointSection
 from pretrain.checkpoint import commit as module
-from pretrain.checkpoint.commit import newest_verified_commit, write_commit
+from pretrain.checkpoint import verify
+from pretrain.checkpoint.arena import Answer
+from pretrain.checkpoint.blocks import DamageError, FileRecord
+from pretrain.checkpoint.commit import Saves, newest_that_loads
+from pretrain.checkpoint.places import Place
 from pretrain.checkpoint.retention import remove_old_commits
-from pretrain.checkpoint.verify import list_commits, verify_commit
+from pretrain.checkpoint.verify import Commit, check_files, list_commits, verify_commit
 from pretrain.state import TrainState
 
 IDENTITY = {"data": "d" * 64, "tokenizer": "e" * 64}
-Files = dict[str, dict[str, Any]]
+Files = dict[str, FileRecord]
 
 
 def content_of(step: int, rank: int, suffix: str) -> bytes:
@@ -36,7 +41,7 @@ def content_of(step: int, rank: int, suffix: str) -> bytes:
 
 
 def rank_files(folder: Path, step: int, rank: int, between: Callable[[], None] = lambda: None) -> Files:
-    """Write a rank's two synced files, as `write_fragments` does."""
+    """Write a rank's two synced files, as its writer does."""
     files: Files = {}
     for suffix in ("safetensors", "json"):
         content = content_of(step, rank, suffix)
@@ -45,7 +50,7 @@ def rank_files(folder: Path, step: int, rank: int, between: Callable[[], None] =
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files[path.name] = {"bytes": len(content), "sha256": [hashlib.sha256(content).hexdigest()]}
         between()
     return files
 
@@ -53,14 +58,27 @@ def rank_files(folder: Path, step: int, rank: int, between: Callable[[], None] =
 def save(checkpoints: Path, step: int, write: Callable[[Path], Files] | None = None, ours: bool = True, attempt: int = 1) -> str | None:
     """Commit a step on every rank of the group."""
     rank = distributed.get_rank()
-    return write_commit(
-        checkpoints,
-        TrainState(step, step * 4, step * 1024, 0),
-        write_rank_files=write or (lambda folder: rank_files(folder, step, rank)),
-        identity=IDENTITY,
-        attempt=attempt,
-        still_ours=lambda: ours,
-    )
+
+    def start_writing(folder: Path) -> Callable[[bool], Answer]:
+        files = (write or (lambda folder: rank_files(folder, step, rank)))(folder)
+        return lambda wait: Answer(files, None)
+
+    place = Place(checkpoints)
+    saves = Saves([place], attempt, still_ours=lambda: ours)
+    state = TrainState(step, step * 4, step * 1024, 0)
+    assert saves.begin(place, start_writing, state=state, identity=IDENTITY, code={}, loss=1.5) is None
+    return saves.settle()
+
+
+def newest_verified_commit(checkpoints: Path, say: Callable[[str], None]) -> Commit | None:
+    """The newest commit whose every file is intact; each rank looks at its share."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+
+    def check(commit: Commit) -> None:
+        if problems := check_files(commit, sorted(commit.files)[rank::world_size]):
+            raise DamageError("; ".join(problems))
+
+    return newest_that_loads([Place(checkpoints)], check, say)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -204,7 +222,7 @@ def _commit_for_ever(checkpoints: Path, pipe: int) -> NoReturn:
         os.write(pipe, f"{step}\n".encode())
         step += 1
         assert save(checkpoints, step) is None
-        remove_old_commits(checkpoints, 2)
+        remove_old_commits(checkpoints, CheckpointSection(keep=2))
 
 
 def _save_once(checkpoints: Path, step: int) -> int:
@@ -261,7 +279,7 @@ def _save_and_die(checkpoints: Path, point: str) -> int:
         return half if when == "half" else _dying(durable.write_file, when)
 
     if point in ("before the manifest", "manifest half written", "after the manifest"):
-        module.write_file = write_file({"before": "before", "manifest": "half", "after": "after"}[point.split()[0]])
+        verify.write_file = write_file({"before": "before", "manifest": "half", "after": "after"}[point.split()[0]])
     if point == "before the rename":
         Path.rename = _dying(Path.rename, "before", lambda path, *_: path.name.startswith(".tmp-"))
     if point == "after the rename":
@@ -279,7 +297,7 @@ def _resume_and_save(checkpoints: Path) -> int:
     assert verify_commit(found.folder) == []
     for name, known in found.files.items():
         content = content_of(found.state.step, 0, name.rpartition(".")[2])
-        assert known["sha256"] == hashlib.sha256(content).hexdigest()
+        assert known["sha256"] == [hashlib.sha256(content).hexdigest()]
     assert save(checkpoints, 30, attempt=3) is None
     return found.state.step
 

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.fragments import FragmentIndex, state_hash
+from pretrain.checkpoint.blocks import DamageError
+from pretrain.checkpoint.image import Image
+from pretrain.checkpoint.index import FragmentIndex, state_hash
+from pretrain.checkpoint.verify import Commit
+from pretrain.state import TrainState
 from tests.tiny import write_tiny_dataset
 
 STAGES = {
@@ -66,28 +70,49 @@ def test_every_private_attribute_says_what_we_take_it_for(run_on_ranks: Callable
             assert case == {"wrong": [], "covered": True, "optimizer": "AdamW"}, name
 
 
+@pytest.mark.long
+def test_weights_begin_alike_at_every_stage_and_world_size(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """By hash, per precision; at stage 3 a rank never holds more than its part (zero.Init)."""
+    dataset = tmp_path / "data"
+    write_tiny_dataset(dataset)
+    hashes: dict[str, set[str]] = {"bf16": set(), "fp32": set()}
+    for ranks in (1, 2):
+        here = {"dataset": str(dataset), "runs": str(tmp_path), "copies": str(tmp_path / f"copies-{ranks}"), "cases": STAGES}
+        for name, case in run_on_ranks("tests.training:first_weights_of", ranks, here)[0].items():
+            hashes[name.partition("-")[0]].add(case["hash"])
+            assert case["largest"] == 320 * 48 // (ranks if "-3" in name else 1), name
+    assert all(len(found) == 1 for found in hashes.values())
+
+
+def test_the_scale_of_an_fp16_loss_goes_through_a_commit(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    dataset, commit = tmp_path / "data", tmp_path / "commit"
+    write_tiny_dataset(dataset)
+    commit.mkdir()
+    here = {"dataset": str(dataset), "runs": str(tmp_path), "commit": str(commit)}
+    for found in run_on_ranks("tests.training:loss_scale_through_a_commit", 2, here):
+        assert found == {"cur_scale": 2.0**11, "cur_iter": 37, "last_overflow_iter": 12, "cur_hysteresis": 1}
+
+
 def test_a_gap_or_an_overlap_is_found(tmp_path: Path) -> None:
-    import json
-
     import torch
-    from safetensors.torch import save_file
 
-    def write(starts: list[tuple[int, int]]) -> None:
-        save_file(
-            {f"weight|w|{start}": torch.arange(start, start + count).float() for start, count in starts},
-            tmp_path / "rank_00000.safetensors",
-        )
-        (tmp_path / "rank_00000.json").write_text(
-            json.dumps({"world_size": 1, "parameters": {"w": {"shape": [2, 5], "scalars": {"step": 1.0}}}})
-        )
+    def write(starts: list[tuple[int, int]]) -> Commit:
+        tensors = {f"weight|w|{start}": torch.arange(start, start + count).float() for start, count in starts}
+        about = {"parameters": {"w": {"shape": [2, 5], "scalars": {"step": 1.0}}}, "buffers": {}, "groups": [], "loss_scale": {}}
+        return Commit(tmp_path, TrainState(), Image(0, tensors, about).write(tmp_path), {}, {}, 1, 1, 1.5, 0)
 
-    write([(0, 4), (4, 6)])
-    assert FragmentIndex(tmp_path).weights()["w"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    assert FragmentIndex(tmp_path).read("weight", "w", 3, 4).tolist() == [3, 4, 5, 6]
-    whole = state_hash(tmp_path)
-    write([(0, 1), (1, 8), (9, 1)])
-    assert state_hash(tmp_path) == whole
-    for broken, word in (([(0, 4), (5, 5)], "gap"), ([(0, 5), (4, 6)], "overlap"), ([(0, 9)], "ends at element 9")):
-        write(broken)
-        with pytest.raises(ValueError, match=word):
-            FragmentIndex(tmp_path)
+    commit = write([(0, 4), (4, 6)])
+    assert FragmentIndex(commit).weights()["w"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert FragmentIndex(commit).read("weight", "w", 3, 4).tolist() == [3, 4, 5, 6]
+    whole = state_hash(commit)
+    assert state_hash(write([(0, 1), (1, 8), (9, 1)])) == whole
+    wrong = (
+        ([(0, 4), (5, 5)], "has a gap at element 4"),
+        ([(0, 4), (5, 6)], "has a gap at element 4"),  # as many elements as there should be
+        ([(0, 5), (4, 6)], "has an overlap at element 5"),
+        ([(0, 5), (4, 5)], "has an overlap at element 5"),
+        ([(0, 9)], "ends at element 9"),
+    )
+    for broken, words in wrong:
+        with pytest.raises(DamageError, match=words):
+            FragmentIndex(write(broken))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,22 +24,25 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from configs.data_section import DataSection, SourceSection, TokenizerSection
 from configs.durable import write_file
 from configs.errors import UserError
 from configs.loader import dump_config
-from configs.schema import DataSection, RunConfig, SourceSection, TokenizerSection
+from configs.schema import RunConfig
 from configs.sealed import seal, unseal
 from data_pipeline import build as conductor
 from data_pipeline.arriving import ARRIVING
 from data_pipeline.build import build_dataset
 from data_pipeline.documents import identify_document, place_document
 from data_pipeline.execution import open_here
-from data_pipeline.manifest import SPLITS, Manifest, ShardRecord, load_manifest
+from data_pipeline.manifest import SPLITS, Manifest, load_manifest
+from data_pipeline.records import ShardRecord
 from data_pipeline.tokenizer import train_tokenizer
 from pretrain import cli
+from pretrain import start as beginning
 from pretrain import train as loop
-from pretrain.checkpoint.fragments import state_hash
-from pretrain.checkpoint.verify import Commit
+from pretrain.checkpoint.index import state_hash
+from pretrain.checkpoint.verify import Commit, read_commit
 from pretrain.data import batches as batches_module
 from pretrain.data.batches import Batches, MicroBatch
 from pretrain.data.corpus import open_corpus
@@ -46,6 +50,7 @@ from pretrain.data.order import DataOrder
 from pretrain.mixture_view import check_repeats
 from pretrain.run import supervisor
 from pretrain.run.folder import RunFolder
+from pretrain.run.heartbeat import UNHEARD
 from pretrain.state import TrainState
 from tests.tiny import END_OF_TEXT, tiny_texts
 
@@ -427,6 +432,33 @@ def test_a_step_that_is_asked_for_comes_when_its_unit_does(make: Callable[..., B
 
 
 @pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("until", [6, 10_000])
+def test_a_step_of_a_ramp_waits_for_its_own_samples_alone(make: Callable[..., Built], tmp_path: Path, until: int) -> None:
+    """In the ramp's steps of 2 and behind it, where steps have 6."""
+    built = make()
+    build = Build(built, tmp_path / "arriving")
+    ramp = [{"until_tokens": until * T // 2, "global_batch_samples": 2}]
+    finished, config = (config_of(folder, training__batch_ramp=ramp) for folder in (built.folder, build.folder))
+    build.deliver(*range(len(built.sources) - 3))
+    steps, (source,) = config.training.steps, open_corpus(config).sources
+    num_steps = steps.step_of(source.num_samples)
+    assert steps.batch_at(source.num_samples) == (6 if until == 6 else 2) and num_steps > 3
+    expected = read(finished, num_steps + 3)
+    reader = open_batches(config)
+    for step in range(num_steps):
+        assert reader.is_ready(20)
+        assert_equal(reader.next_step(), expected[step])
+    for _ in range(5):
+        assert not reader.is_ready(0.02)
+    assert reader.order.missing(steps.samples_before(num_steps)) is None
+    assert reader.order.missing(steps.samples_before(num_steps + 1)) == reader.awaited_source == "sums"
+    build.deliver(*range(len(built.sources) - 3, len(built.sources)))
+    for step in range(num_steps, num_steps + 3):
+        assert_equal(reader.next_step(), expected[step])
+    reader.close()
+
+
+@pytest.mark.usefixtures("_quick")
 def test_a_run_that_resumes_waits_at_the_same_place(make: Callable[..., Built], tmp_path: Path) -> None:
     """From any step on, with everything opened anew, also while what was seen is not all there."""
     built = make()
@@ -530,7 +562,7 @@ def test_the_loop_waits_says_so_and_hears_a_stop(make: Callable[..., Built], tmp
     reader = open_batches(config)
 
     def waits(stop: Any) -> bool:
-        return loop.data_is_there(config, reader, alone, stop, said)  # type: ignore[arg-type]
+        return loop.data_is_there(config, reader, alone, stop, said, UNHEARD)  # type: ignore[arg-type]
 
     class StopSoon:
         """Asked for at the second look."""
@@ -552,10 +584,10 @@ def test_the_loop_waits_says_so_and_hears_a_stop(make: Callable[..., Built], tmp
     said.lines.clear()
     answers = [False, False, True]
     slow = SimpleNamespace(is_ready=lambda timeout_seconds: answers.pop(0), awaited_source=None)
-    assert loop.data_is_there(config, slow, alone, SimpleNamespace(asked=False), said) is True  # type: ignore[arg-type]
+    assert loop.data_is_there(config, slow, alone, SimpleNamespace(asked=False), said, UNHEARD) is True  # type: ignore[arg-type]
     assert said.lines == [] and answers == []
     plain = config.model_copy(update={"data": config.data.model_copy(update={"train_while_building": False})})
-    assert loop.data_is_there(plain, None, None, None, said) is True  # type: ignore[arg-type]
+    assert loop.data_is_there(plain, None, None, None, said, UNHEARD) is True  # type: ignore[arg-type]
 
 
 def test_the_command_waits_for_the_first_unit_of_each_source(
@@ -574,7 +606,7 @@ def test_the_command_waits_for_the_first_unit_of_each_source(
         assert not (tmp_path / "runs").exists()
         build.deliver(to_come.pop(0))
 
-    def supervise(config: RunConfig, dataset: Path, say: Callable[[str], None], is_committed: Any) -> int:
+    def supervise(config: RunConfig, dataset: Path, say: Callable[[str], None], is_committed: Any, newest_step: Any, *_: object) -> int:
         started.append(set(build.there))
         return 0
 
@@ -629,17 +661,22 @@ def test_a_unit_that_was_passed_may_not_change_and_one_to_come_may(
     built = make()
     build = Build(built, tmp_path / "arriving")
     begun, changed = config_of(build.folder, packing=packing), config_of(change(tmp_path, number).folder, packing=packing)
-    restored: list[Path] = []
-    monkeypatch.setattr(loop, "read_fragments", lambda engine, folder: restored.append(folder))
-    monkeypatch.setattr(loop, "restore_random_state", lambda folder, world_size: None)
+    restored: list[object] = []
+    monkeypatch.setattr(beginning, "read_fragments", lambda engine, index, with_moments: restored.append(index))
+    monkeypatch.setattr(beginning, "FragmentIndex", lambda commit: nullcontext(commit))
+    monkeypatch.setattr(beginning, "prepare_weights", lambda engine: None)
+    monkeypatch.setattr(beginning, "refresh_weights", lambda engine: None)
+    monkeypatch.setattr(beginning, "torch_optimizer", lambda engine: engine.optimizer)
 
     def resume(config: RunConfig, step: int, identity: dict[str, str]) -> TrainState:
         state = TrainState(step, step * GLOBAL, step * GLOBAL * T, 0, ())
-        commit = Commit(tmp_path / "step", state, {}, identity, 1, 1)
-        monkeypatch.setattr(loop, "newest_verified_commit", lambda checkpoints, say: commit)
-        layout = SimpleNamespace(rank=1)
+        commit = Commit(tmp_path / "step", state, {}, identity, {}, 1, 1, 2.5, 0)
+        monkeypatch.setattr(beginning, "newest_that_loads", lambda places, load, say: (load(commit), commit)[1])
+        layout = SimpleNamespace(rank=1, world_size=2)
         run = RunFolder(tmp_path / "run")
-        return loop.resume(SimpleNamespace(), run, order_of(config), open_corpus(config).tokenizer_sha256, layout)  # type: ignore[arg-type]
+        tokenizer = {"tokenizer": open_corpus(config).tokenizer_sha256}
+        engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]))
+        return beginning.resume(engine, config, run, [], order_of(config), tokenizer, {}, layout)  # type: ignore[arg-type]
 
     before = [shard for unit in built.shards("sums")[:number] for shard in unit]
     samples_before = {
@@ -872,6 +909,7 @@ def losses_of(run: Path) -> list[tuple[int, str]]:
     return [(row["step"], float(row["loss"]).hex()) for row in rows if "loss" in row]
 
 
+@pytest.mark.long
 def test_training_beside_a_build_ends_with_the_bits_of_training_behind_it(tmp_path: Path, seed: int) -> None:
     """Two ranks, a real build that is slow. The run says that it waits, having learnt all it could; a stop then is saved; started
     again, it waits there, goes on when the build does, into a second epoch; and a run on the finished dataset ends with its weights."""
@@ -928,7 +966,7 @@ def test_training_beside_a_build_ends_with_the_bits_of_training_behind_it(tmp_pa
     units = [sum(one.num_tokens for one in manifest.shards("train") if f"units/{number:05d}/" in one.name) for number in range(NUM_FILES)]
     assert num_learnt == sum(units[:OPEN_AT_FIRST]) // 32 // 8 > 0, "all was learnt that was there"
     assert total_steps * 8 > sum(units) // 32 > (num_learnt + 4) * 8, "the run goes into a second epoch"
-    hashes = {name: state_hash(runs / name / "checkpoints" / f"step-{total_steps:08d}") for name in ("beside", "behind")}
+    hashes = {name: state_hash(read_commit(runs / name / "checkpoints" / f"step-{total_steps:08d}")) for name in ("beside", "behind")}
     assert hashes["beside"] == hashes["behind"]
     assert losses_of(runs / "beside") == losses_of(runs / "behind") and len(losses_of(runs / "behind")) == total_steps
     assert {split: bool(manifest.shards(split)) for split in SPLITS} == {"train": True, "held_out": True}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import MixtureSection, StageSection, TrainingSection
+from configs.schema import BatchSection, MixtureSection, StageSection, TrainingSection
 from pretrain.data import batches as batches_module
 from pretrain.data.batches import IGNORED_LABEL, Batches, MicroBatch, held_out_batches
 from pretrain.data.corpus import Corpus
@@ -71,10 +71,12 @@ def read_steps(
 ) -> list[dict[str, np.ndarray]]:
     """Per step what all ranks are fed, in the global order: micro-step by micro-step, rank by rank. Documents count from a row's first."""
     ranks = [Batches(corpus, order, training, rank, num_ranks, CPU, start) for rank in range(num_ranks)]
-    steps = []
+    steps, seen = [], start
     for _ in range(num_steps):
         of_ranks = [one.next_step() for one in ranks]
-        assert {len(batches) for batches in of_ranks} == {GLOBAL // (training.micro_batch_samples * num_ranks)}
+        num_samples = training.steps.batch_at(seen)
+        assert {len(batches) for batches in of_ranks} == {num_samples // (training.micro_batch_samples * num_ranks)}
+        seen += num_samples
         fed = [batch for micro_step in zip(*of_ranks, strict=True) for batch in micro_step]
         found = {
             name: torch.cat([getattr(batch, name) for batch in fed]).numpy()
@@ -180,6 +182,57 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, micro: int, num
     corpus = write_corpus(tmp_path, draw_three(1), T, END)
     with pytest.raises(ValueError, match="does not divide"):
         Batches(corpus, order_of(corpus, 1, training_of(1)), training_of(micro), 0, num_ranks, CPU)
+
+
+# --- a ramp -------------------------------------------------------------------------------------------------
+
+RAMP = (BatchSection(until_tokens=5 * 4 * T, global_batch_samples=4), BatchSection(until_tokens=64 * T, global_batch_samples=12))
+SIZES = [4] * 5 + [12] * 4 + [GLOBAL] * 22
+"""Of the steps of a ramp: 64 tokens are not a whole step of 12 behind 20 samples."""
+
+
+def test_a_ramp_cuts_the_same_order_into_other_steps(tmp_path: Path, seed: int) -> None:
+    corpus = write_corpus(tmp_path, draw_three(seed), T, END)
+    training = training_of(2, batch_ramp=RAMP)
+    steps = read_steps(corpus, order_of(corpus, seed, training, STAGES[:1]), training, 1, 0, len(SIZES))
+    assert [len(step["labels_BT"]) for step in steps] == SIZES
+    plain = read_steps(corpus, order_of(corpus, seed, training_of(4), STAGES[:1]), training_of(4), 1, 0, sum(SIZES) // GLOBAL + 1)
+    for name in steps[0]:
+        found, expected = (np.concatenate([step[name] for step in each]) for each in (steps, plain))
+        np.testing.assert_array_equal(found, expected[: sum(SIZES)])
+
+
+@pytest.mark.parametrize("places_at_once", [1, 40, 4096])
+def test_a_ramp_is_the_same_on_every_number_of_ranks_and_resumed_anywhere(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, places_at_once: int
+) -> None:
+    """Every step of the ramp and some behind it; stages of other mixtures and lengths begin with a step."""
+    monkeypatch.setattr(batches_module, "PLACES_AT_ONCE", places_at_once)
+    corpus = write_corpus(tmp_path, draw_three(seed), T, END)
+    training = training_of(4, batch_ramp=RAMP)
+    order = order_of(corpus, seed, training)
+    for stage in order.mixture.stages:
+        assert training.steps.samples_before(training.steps.step_of(stage.first_sample)) == stage.first_sample
+    whole = read_steps(corpus, order, training, 1, 0, len(SIZES))
+    places = [order.places(np.array([number])) for number in range(sum(SIZES))]
+    rows = [naive_rows(draw_three(seed), corpus.sources[int(source[0])].name, int(sample[0]))[1] for source, _, sample in places]
+    assert np.concatenate([step["labels_BT"].reshape(-1, T) for step in whole]).tolist() == rows
+    lengths = [step["labels_BT"].shape[1] for step in whole]
+    assert lengths == [order.mixture.stage_at(training.steps.samples_before(step)).sequence_length for step in range(len(SIZES))]
+    assert len(set(lengths)) == 3
+    for step in (*range(11), 21, 28):
+        for micro, num_ranks in ((1, 1), (4, 1), (2, 2)):
+            resumed = training_of(micro, batch_ramp=RAMP)
+            tail = read_steps(corpus, order, resumed, num_ranks, resumed.steps.samples_before(step), min(4, len(SIZES) - step))
+            assert_equal_steps(tail, whole[step : step + 4])
+
+
+@pytest.mark.parametrize(("micro", "num_ranks"), [(8, 1), (4, 2), (2, 4)])
+def test_a_size_of_the_ramp_that_does_not_divide_is_refused(tmp_path: Path, micro: int, num_ranks: int) -> None:
+    corpus = write_corpus(tmp_path, draw_three(1), T, END)
+    training = training_of(micro, batch_ramp=RAMP)
+    with pytest.raises(ValueError, match=r"batch of 4 samples does not divide .* training\.batch_ramp\[0\]\.global_batch_samples=8"):
+        Batches(corpus, order_of(corpus, 1, training), training, 0, num_ranks, CPU)
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The order of the data: every sample of every source once per epoch, pure, and known by a hash that misses nothing it should see."""
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.schema import MixtureSection, StageSection, TrainingSection
+from configs.schema import BatchSection, MixtureSection, StageSection, TrainingSection
 from pretrain.data.order import DataOrder, Places, Skipped, SourceSize
 
 SOURCES = (
@@ -266,6 +268,29 @@ def test_what_has_been_passed_may_not_be_edited(name: str) -> None:
 )
 def test_what_else_decides_a_sample_is_part_of_the_identity(changes: dict[str, Any]) -> None:
     assert order_of(**changes).identity(SEEN)["mixture"] != order_of().identity(SEEN)["mixture"]
+
+
+def test_without_a_ramp_the_identity_is_that_of_older_checkpoints() -> None:
+    """What a version that knew no ramp has hashed, written out."""
+    order = order_of()
+    stages = [stage.facts([one.name for one in SOURCES]) for stage in order.mixture.stages if stage.first_sample < SEEN]
+    facts = [5, 8, 4, "chop", [], *stages]
+    assert order.identity(SEEN)["mixture"] == hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def test_a_ramp_is_held_as_far_as_it_has_begun() -> None:
+    """Of one source, as stages begin elsewhere with another ramp. The first size is seen from sample 0 to 16, the second up to 32."""
+
+    def identity(seen: int, *ramp: tuple[int, int]) -> str:
+        sections = tuple(BatchSection(until_tokens=until_tokens, global_batch_samples=size) for until_tokens, size in ramp)
+        return order_of([{}], batch_ramp=sections).identity(seen)["mixture"]
+
+    ramp = (16 * 8, 1), (32 * 8, 2)
+    others = [((16 * 8, 2), (32 * 8, 3)), ((16 * 8, 1), (32 * 8, 3)), ((16 * 8, 1), (34 * 8, 2)), ((16 * 8, 1),), ()]
+    for seen, same in ((0, others[:-1]), (1, others[1:-1]), (16, others[1:-1]), (17, others[2:3]), (32, others[2:3]), (33, [])):
+        for other in others:
+            assert (identity(seen, *ramp) == identity(seen, *other)) == (other in same), (seen, other)
+    assert identity(17, *ramp) == identity(17, (15 * 8 + 1, 1), (31 * 8, 2)), "rounded up to the same steps"
 
 
 def test_a_stage_counts_from_its_first_sample_on() -> None:

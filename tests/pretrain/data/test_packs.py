@@ -10,8 +10,8 @@ import pytest
 
 from configs.durable import sha256_of_file
 from configs.errors import UserError
-from data_pipeline.manifest import Counts, FileRecord, PackingRecord, ShardRecord
 from data_pipeline.packing import pack_documents, packs_name, write_packs
+from data_pipeline.records import Counts, FileRecord, PackingRecord, ShardRecord
 from pretrain.data.packs import PackedSource, Piece
 from pretrain.data.remote import Find
 

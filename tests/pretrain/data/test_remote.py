@@ -22,6 +22,7 @@ from pretrain.data.batches import Batches, MicroBatch, held_out_batches
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.order import DataOrder
 from pretrain.data.remote import described_in
+from tests.pretrain.data.test_arriving import assert_equal
 from tests.pretrain.data.test_samples import pack
 from tests.tiny import write_shard, write_tiny_dataset
 
@@ -73,14 +74,6 @@ def feed(config: RunConfig, num_steps: int, start: int = 0) -> tuple[Corpus, lis
     with closing(Batches(corpus, order, config.training, 1, 2, CPU, start)) as reader:
         found = [batch for _ in range(num_steps) for batch in reader.next_step()]
     return corpus, [*found, *held_out_batches(corpus.held_out, config.training, 64, 0, 1, CPU)]
-
-
-def assert_equal(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.num_valid == other.num_valid
-        for name in ("tokens_BT", "labels_BT", "documents_BT", "positions_BT"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 @pytest.mark.parametrize("packing", ["chop", "best_fit"])

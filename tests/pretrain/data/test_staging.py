@@ -27,7 +27,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from configs.errors import UserError
 from data_pipeline.checksums import BLOCK_BYTES
-from data_pipeline.manifest import FileRecord
+from data_pipeline.records import FileRecord
 from pretrain.data import staging
 from pretrain.data.staging import BLOCKS_AT_ONCE, FETCHES, FOLDER_BYTES, RANGE_BLOCKS, SLOT_BYTES, WAIT_SECONDS, BlockCache, stage_files
 

@@ -239,7 +239,7 @@ import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 1000))
 from pathlib import Path
 import numpy as np
-from data_pipeline.manifest import ShardRecord
+from data_pipeline.records import ShardRecord
 from pretrain.data.tokens import TokenFiles
 from tests.tiny import write_shard
 record = write_shard(Path({str(tmp_path)!r}), "shard", "web", [np.arange(10)])

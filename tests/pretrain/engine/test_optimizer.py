@@ -1,6 +1,7 @@
 """What changes the weights: the rate at points computed by hand, and who is decayed."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ModelSection, OptimizerSection, ScheduleSection, TrainingSection
-from pretrain.engine.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from configs.model_section import ModelSection
+from configs.schema import BatchSection, OptimizerSection, ScheduleSection, TrainingSection
+from pretrain.engine.optimizer import build_optimizer, check_groups, parameter_groups, rate_share, set_learning_rate
 from pretrain.model.decoder import Decoder
 
 # 100 steps of 40 tokens: a run of exactly 4000 tokens.
@@ -18,7 +20,7 @@ OPTIMIZER = OptimizerSection(peak_lr=0.5)
 
 
 def rate(tokens_seen: int, **schedule: Any) -> float:
-    return learning_rate(tokens_seen, TRAINING, OPTIMIZER, ScheduleSection(**schedule))
+    return OPTIMIZER.peak_lr * rate_share(tokens_seen, TRAINING, ScheduleSection(**schedule))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,15 @@ def test_the_run_is_whole_steps() -> None:
     assert rate(3990) == pytest.approx(0.5 * 10 / 800, rel=1e-12)
 
 
+def test_a_ramp_changes_the_run_s_end_and_nothing_else() -> None:
+    """Steps of 1, 2 and 4 samples of 10 tokens: 30 + 100 + 97 x 40 tokens. The rate goes by tokens, whatever the steps."""
+    ramp = tuple(BatchSection(until_tokens=until, global_batch_samples=size) for until, size in ((30, 1), (120, 2)))
+    ramped = TRAINING.model_copy(update={"batch_ramp": ramp})
+    assert (ramped.total_steps, ramped.steps.total_tokens) == (3 + 5 + 97, 4010)
+    schedule = ScheduleSection(warmup_tokens=400, decay_tokens=1000)
+    assert [rate_share(tokens, ramped, schedule) for tokens in (0, 100, 400, 3010, 3510, 4010)] == [0, 0.25, 1, 1, 0.5, 0]
+
+
 RUNS = st.builds(
     TrainingSection,
     total_tokens=st.integers(1, 10**13),
@@ -83,12 +94,11 @@ def test_never_negative_never_above_the_peak(
     warmup_tokens = int(total * warmup)
     decay_tokens = None if fall is None or kind == "cosine" else int((total - warmup_tokens) * fall)
     schedule = ScheduleSection(kind=kind, warmup_tokens=warmup_tokens, decay_tokens=decay_tokens, final_ratio=final_ratio)
-    optimizer = OptimizerSection(peak_lr=peak)
     tokens = int(total * place)
-    here = learning_rate(tokens, training, optimizer, schedule)
+    here = peak * rate_share(tokens, training, schedule)
     assert 0 <= here <= peak
-    assert here == learning_rate(tokens, training, optimizer, schedule)
-    after = learning_rate(tokens + 1, training, optimizer, schedule)
+    assert here == peak * rate_share(tokens, training, schedule)
+    after = peak * rate_share(tokens + 1, training, schedule)
     if tokens + 1 < warmup_tokens:
         assert after >= here  # rises all through the warm-up
     elif tokens >= warmup_tokens:
@@ -104,7 +114,7 @@ def make_model(**changes: Any) -> Decoder:
 @pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"biases": True, "norm": "layernorm", "positions": "learned"}], ids=str)
 def test_matrices_are_decayed_vectors_not_each_parameter_once(changes: dict[str, Any]) -> None:
     model = make_model(**changes)
-    matrices, vectors = parameter_groups(model, 0.1)
+    matrices, vectors = parameter_groups(model, OptimizerSection())
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert all(parameter.dim() >= 2 for parameter in matrices["params"])
     assert all(parameter.dim() < 2 for parameter in vectors["params"])
@@ -115,7 +125,7 @@ def test_matrices_are_decayed_vectors_not_each_parameter_once(changes: dict[str,
 
 def test_a_tied_head_is_counted_once() -> None:
     def count(model: Decoder) -> int:
-        return sum(parameter.numel() for group in parameter_groups(model, 0.1) for parameter in group["params"])
+        return sum(parameter.numel() for group in parameter_groups(model, OptimizerSection()) for parameter in group["params"])
 
     assert count(make_model()) - count(make_model(tied_head=True)) == 64 * 16
 
@@ -123,7 +133,7 @@ def test_a_tied_head_is_counted_once() -> None:
 def test_what_is_frozen_and_what_is_empty_is_left_out() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
     next(model.parameters()).requires_grad_(False)
-    (group,) = parameter_groups(model, 0.5)
+    (group,) = parameter_groups(model, OptimizerSection())
     assert group["params"] == [model[1].weight]
 
 
@@ -135,7 +145,68 @@ def test_the_optimizer_is_what_the_run_file_says() -> None:
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (1e-2, (0.8, 0.97), 1e-6, True)
     set_learning_rate(optimizer, 0.125)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125e-2, 0.125e-2]
+
+
+def test_muon_has_the_matrices_of_the_layers_and_its_own_rate() -> None:
+    section = OptimizerSection(kind="muon", peak_lr=1e-2, muon_peak_lr=0.5, weight_decay=0.3)
+    model = make_model(biases=True)
+    optimizer = build_optimizer(model, section)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = {group["name"]: {names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups}
+    assert grouped["matrices"] == {"token_table.weight", "head.weight"}
+    assert all(name.startswith("blocks.") and name.endswith("weight") for name in grouped["hidden matrices"])
+    assert sum(map(len, grouped.values())) == len(names)
+    assert [(group["use_muon"], group["weight_decay"]) for group in optimizer.param_groups] == [(True, 0.3), (False, 0.3), (False, 0.0)]
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5e-2, 0.5e-2]
+
+
+def test_groups_that_were_changed_are_found() -> None:
+    for kind in ("adamw", "muon"):
+        section = OptimizerSection(kind=kind)
+        for index, key in ((0, "weight_decay"), (1, "peak_lr"), (1, "weight_decay")):
+            optimizer = build_optimizer(make_model(), section)
+            check_groups(optimizer, section)
+            optimizer.param_groups[index][key] += 0.1
+            with pytest.raises(RuntimeError, match="with other settings than it was given"):
+                check_groups(optimizer, section)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "key", "wrong"),
+    [
+        *((kind, 1, key, wrong) for kind in ("adamw", "muon") for key, wrong in (("lr", 1e-4), ("eps", 1e-9), ("betas", (0.9, 0.951)))),
+        ("adamw", 0, "betas", (0.89, 0.95)),
+        ("muon", 0, "momentum", 0.9),
+        ("muon", 0, "lr", 0.0),
+        ("muon", 2, "betas", (0.9, 0.9)),
+    ],
+)
+def test_every_value_of_every_group_is_read_back(kind: Any, group: int, key: str, wrong: Any) -> None:
+    """At the rate of the place in the run, not only at the peak."""
+    section = OptimizerSection(kind=kind, beta2=0.95)
+    optimizer = build_optimizer(make_model(), section)
+    set_learning_rate(optimizer, 0.25)
+    check_groups(optimizer, section, share=0.25)
+    right = optimizer.param_groups[group][key]
+    optimizer.param_groups[group][key] = wrong
+    name = optimizer.param_groups[group]["name"]
+    with pytest.raises(RuntimeError, match=f"the group '{name}' with other settings than it was given: {key} .* instead of "):
+        check_groups(optimizer, section, share=0.25)
+    optimizer.param_groups[group][key] = list(right) if isinstance(right, tuple) else right
+    check_groups(optimizer, section, share=0.25)
+
+
+def test_an_optimizer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_optimizer.py").write_text(
+        "import torch\n\n\ndef plain(groups, section):\n    return torch.optim.SGD(groups, momentum=section.settings['momentum'])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section = OptimizerSection(kind="my_optimizer:plain", peak_lr=0.1, settings={"momentum": 0.5})
+    optimizer = build_optimizer(make_model(), section)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == [(0.1, 0.5)] * 2
 
 
 def test_decay_shrinks_matrices_and_leaves_vectors(seed: int) -> None:

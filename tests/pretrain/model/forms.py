@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from configs.schema import ModelSection
-from pretrain.model.decoder import Decoder, initialize_weights
+from configs.model_section import ModelSection
+from pretrain.model.decoder import Decoder
+from pretrain.model.weights import initialize_weights
 
 SMALL: dict[str, Any] = {
     "vocabulary_size": 97,
@@ -20,10 +21,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "llama": {},
     "grouped": {"num_kv_heads": 2},
     "one key head": {"num_kv_heads": 1, "head_width": 10},
-    "qwen3": {"num_kv_heads": 2, "qk_norm": True, "tied_head": True},
+    "qwen3": {"num_kv_heads": 2, "qk_norm": "head", "tied_head": True},
     "gpt2": GPT2,
     "sinusoidal": {"positions": "sinusoidal", "norm": "layernorm", "feed_forward": "gelu"},
-    "mixed": {"positions": "learned", "qk_norm": True, "biases": True, "num_kv_heads": 2},
+    "olmo2": {"norm_placement": "after", "qk_norm": "full", "num_kv_heads": 2},
+    "mistral": {"num_kv_heads": 2, "sliding_window": 5},
+    "capped": {"attention_softcap": 0.5, "logit_softcap": 0.7},
+    "no positions": {"positions": "none"},
+    "mixed": {"positions": "learned", "qk_norm": "head", "biases": True, "num_kv_heads": 2},
 }
 
 
@@ -33,7 +38,7 @@ def section_of(form: str = "llama", **changes: Any) -> ModelSection:
 
 def decoder_of(section: ModelSection, seed: int) -> Decoder:
     model = Decoder(section)
-    initialize_weights(model, seed)
+    initialize_weights(model, model.section, seed)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The decoder: causal in every form, exact in its positions, begun by name and seed, and able to learn."""
+"""The decoder: causal in every form, its slopes those of float64, compiled layer by layer, and able to learn."""
 
 import math
 from typing import Any, Literal
@@ -6,25 +6,13 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from configs.schema import ModelSection
-from pretrain.model.attention import KeyValueCache, Visible, causal_attention
-from pretrain.model.decoder import (
-    Decoder,
-    TokenTable,
-    initial_weight,
-    initialize_weights,
-    parameter_count,
-    rotary_tables,
-    rotate,
-    sinusoidal_table,
-)
-from pretrain.model.loss import IGNORE
-from tests.pretrain.model.forms import FORMS, GPT2, decoder_of, draw_documents, draw_tokens, positions_inside, section_of
-
-CPU = torch.device("cpu")
-
-
-# Causality ---------------------------------------------------------------------------------------------
+from pretrain.model import attention, decoder
+from pretrain.model.attention import causal_attention
+from pretrain.model.decoder import Attention, Block, Decoder, TokenTable
+from pretrain.model.loss import IGNORE, summed_cross_entropy
+from pretrain.model.weights import initialize_weights
+from tests.pretrain.model.forms import FORMS, decoder_of, draw_documents, draw_tokens, positions_inside, section_of
+from tests.pretrain.model.formulas import plain_attention, rotate_by_pairs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,84 +41,6 @@ def test_order_of_tokens_matters(seed: int, form: str) -> None:
         assert (model(tokens)[:, -1] - model(tokens[:, [1, 0, 2, 3]])[:, -1]).abs().max() > 1e-3
 
 
-# Positions ---------------------------------------------------------------------------------------------
-
-
-def test_rotated_scores_depend_on_distance_only(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    query, key = torch.randn(16, generator=generator), torch.randn(16, generator=generator)
-    cosine, sine = rotary_tables(8192, 16, 10_000.0, CPU)
-
-    def score(query_position: int, key_position: int) -> float:
-        turned_query = rotate(query.reshape(1, 1, 1, 16), cosine[[query_position]], sine[[query_position]])
-        turned_key = rotate(key.reshape(1, 1, 1, 16), cosine[[key_position]], sine[[key_position]])
-        return float((turned_query.double() * turned_key.double()).sum())
-
-    for distance in (0, 1, 50):
-        scores = [score(start + distance, start) for start in (0, 3, 1000, 8000)]
-        assert max(scores) - min(scores) < 1e-5, (distance, scores)
-    assert score(0, 0) == pytest.approx(float(query @ key), abs=1e-5)
-    assert abs(score(50, 0) - score(0, 0)) > 1e-6
-
-
-def test_rotary_tables_are_exact_at_the_far_end() -> None:
-    cosine, sine = rotary_tables(131_072, 128, 500_000.0, CPU)
-    assert cosine.dtype == sine.dtype == torch.float32
-    assert cosine.shape == sine.shape == (131_072, 64)
-    for position, pair in ((131_071, 0), (131_071, 1), (99_999, 63), (257, 5)):
-        angle = position * 500_000.0 ** (-pair / 64)
-        assert float(cosine[position, pair]) == pytest.approx(math.cos(angle), abs=1e-7)
-        assert float(sine[position, pair]) == pytest.approx(math.sin(angle), abs=1e-7)
-
-
-def test_rotation_keeps_lengths_and_turns_halves(seed: int) -> None:
-    x = torch.randn(2, 9, 3, 8, generator=torch.Generator().manual_seed(seed))
-    cosine, sine = rotary_tables(9, 8, 100.0, CPU)
-    turned = rotate(x, cosine, sine)
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cosine, sine)[:, None]
-    torch.testing.assert_close(turned, torch.cat([as_complex.real, as_complex.imag], -1))
-    assert rotate(x.bfloat16(), cosine, sine).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("form", ["llama", "sinusoidal"])
-def test_tables_stay_exact_when_the_model_is_cast(seed: int, form: str) -> None:
-    model = decoder_of(section_of(form), seed).bfloat16()
-    model(draw_tokens(model.section, seed, 1, 40))
-    tables = (*rotary_tables(64, 8, 10_000.0, CPU), sinusoidal_table(64, 32, CPU))
-    assert {table.dtype for table in tables} == {torch.float32}
-    assert float(tables[0][63, 0]) == pytest.approx(math.cos(63), abs=1e-7)
-    assert float(tables[2][63, 1]) == pytest.approx(math.cos(63), abs=1e-7)
-    assert float(tables[2][63, 2]) == pytest.approx(math.sin(63 * 10_000 ** (-2 / 32)), abs=1e-7)
-    assert not list(model.buffers())
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("form", ["llama", "sinusoidal"])
-def test_tables_first_made_while_evaluating_serve_training(seed: int, form: str) -> None:
-    rotary_tables.cache_clear()
-    sinusoidal_table.cache_clear()
-    model = decoder_of(section_of(form), seed)
-    tokens = draw_tokens(model.section, seed, 1, 8)
-    with torch.inference_mode():
-        model(tokens)
-    model(tokens, tokens).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
-
-
-def test_odd_width_of_sinusoids() -> None:
-    assert sinusoidal_table(4, 7, CPU).shape == (4, 7)
-
-
-# Sizes -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_count_is_the_count_of_the_real_model(form: str) -> None:
-    section = section_of(form)
-    assert parameter_count(section) == sum(p.numel() for p in Decoder(section).parameters())
-
-
 def test_construction_on_the_meta_device_allocates_nothing() -> None:
     section = section_of(vocabulary_size=128_256, width=16_384, num_heads=128, num_layers=4, feed_forward_width=53_248)
     with torch.device("meta"):
@@ -141,73 +51,6 @@ def test_construction_on_the_meta_device_allocates_nothing() -> None:
         nothing = torch.zeros(2, 5, dtype=torch.long)
         assert small(nothing).shape == small(nothing, documents_BT=nothing, positions_BT=nothing).shape == (2, 5, 97)
         assert small(nothing, nothing).shape == ()
-
-
-def test_a_meta_model_made_real_equals_a_real_one(seed: int) -> None:
-    section = section_of()
-    with torch.device("meta"):
-        model = Decoder(section)
-    with pytest.raises(ValueError, match="meta device"):
-        initialize_weights(model, seed)
-    model = model.to_empty(device="cpu")
-    initialize_weights(model, seed)
-    tokens = draw_tokens(section, seed, 2, 20)
-    assert torch.equal(model(tokens), decoder_of(section, seed)(tokens))
-
-
-# Weights -----------------------------------------------------------------------------------------------
-
-
-def test_unset_weights_show(seed: int) -> None:
-    model = Decoder(section_of("gpt2"))
-    assert model(draw_tokens(model.section, seed, 1, 4)).isnan().all()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_weights_follow_name_and_seed_only(seed: int, form: str) -> None:
-    section = section_of(form)
-    model = decoder_of(section, seed)
-    torch.manual_seed(0)
-    again = decoder_of(section, seed)
-    deeper = dict(decoder_of(section_of(form, num_layers=3), seed).named_parameters())
-    other = dict(decoder_of(section, seed + 1).named_parameters())
-    for (name, one), two in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert not one.isnan().any()
-        assert torch.equal(one, two)
-        # The order in which parameters are drawn, and what else is drawn, does not matter.
-        assert torch.equal(one, initial_weight(name, tuple(one.shape), section, seed))
-        if not name.endswith(("output.weight", "down.weight")):
-            assert torch.equal(one, deeper[name]), name
-        assert torch.equal(one, other[name]) == (one.dim() == 1), name
-
-
-def test_statistics_of_initial_weights(seed: int) -> None:
-    section = ModelSection(vocabulary_size=1000, num_layers=8, width=128, num_heads=4, feed_forward_width=256, **GPT2)
-    model = decoder_of(section, seed)
-    seen: list[torch.Tensor] = []
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            assert parameter.eq(0).all(), name
-        elif "norm" in name:
-            assert parameter.eq(1).all(), name
-        else:
-            wanted = 0.02 / 4 if name.endswith(("attention.output.weight", "feed_forward.down.weight")) else 0.02
-            assert parameter.std().item() == pytest.approx(wanted, rel=0.04), name
-            assert abs(parameter.mean().item()) < 6 * wanted / math.sqrt(parameter.numel()), name
-            seen.append(parameter.detach().flatten()[:1000] / wanted)
-    # No two parameters repeat each other.
-    correlation = torch.corrcoef(torch.stack(seen)).fill_diagonal_(0).abs().max()
-    assert correlation < 0.25
-
-
-def test_bf16_weights_are_the_rounded_fp32_ones(seed: int) -> None:
-    model = Decoder(section_of()).bfloat16()
-    initialize_weights(model, seed)
-    for one, two in zip(model.parameters(), decoder_of(section_of(), seed).bfloat16().parameters(), strict=True):
-        assert torch.equal(one, two)
-
-
-# Forward -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -252,17 +95,248 @@ def test_bf16_stays_close_to_fp32(seed: int, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_cached_logits_equal_those_without_cache(seed: int, form: str) -> None:
+def test_fp32_weights_computed_in_bf16_are_a_bf16_model_with_fp32_gradients(seed: int, form: str) -> None:
     section = section_of(form, initial_deviation=0.1)
-    model = decoder_of(section, seed).eval()
-    tokens = draw_tokens(section, seed, 2, 30)
+    model, rounded = Decoder(section, activation_dtype=torch.bfloat16), decoder_of(section, seed).bfloat16()
+    initialize_weights(model, section, seed)
+    tokens, documents = draw_tokens(section, seed, 2, 20), draw_documents(seed, 2, 20)
+    given = {"documents_BT": documents, "positions_BT": positions_inside(documents)}
+    assert torch.equal(model(tokens, **given), rounded(tokens, **given))
+    losses = [one(tokens, tokens, **given) for one in (model, rounded)]
+    assert torch.equal(*losses)
+    found, expected = (torch.autograd.grad(loss, list(one.parameters())) for loss, one in zip(losses, (model, rounded), strict=True))
+    for (name, _), one, other in zip(model.named_parameters(), found, expected, strict=True):
+        assert (one.dtype, other.dtype) == (torch.float32, torch.bfloat16)
+        assert (one - other).norm() <= 2**-7 * other.float().norm(), name
+
+
+def test_the_loss_of_a_bf16_model_is_that_of_its_exact_logits(seed: int) -> None:
+    """The head's weights and what reaches it are rounded; from there on nothing may be."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **how: Any) -> torch.Tensor:
+        seen.append((hidden, weight))
+        return summed_cross_entropy(hidden, weight, labels, **how)
+
+    for form in FORMS:
+        section = section_of(form, initial_deviation=0.3)
+        model = Decoder(section, loss=loss)
+        initialize_weights(model, section, seed)
+        tokens = draw_tokens(section, seed, 4, 40)
+        found = model.bfloat16()(tokens, tokens)
+        hidden, weight = (tensor.double() for tensor in seen[-1])
+        logits = hidden @ weight.T
+        if section.logit_softcap is not None:
+            logits = section.logit_softcap * (logits / section.logit_softcap).tanh()
+        expected = torch.nn.functional.cross_entropy(logits, tokens.flatten(), reduction="sum")
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(expected.item(), rel=1e-3), form
+
+
+def test_what_training_minimises_can_be_exchanged_and_evaluation_cannot(seed: int) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, softcap: float | None = None) -> torch.Tensor:
+        calls.append((tuple(hidden.shape), tuple(weight.shape), tuple(labels.shape), softcap))
+        return 2 * summed_cross_entropy(hidden, weight, labels, softcap=softcap)
+
+    for form in ("llama", "gpt2", "capped"):
+        model = Decoder(section_of(form), loss=loss)
+        initialize_weights(model, model.section, seed)
+        tokens = draw_tokens(model.section, seed, 2, 7)
+        plain = decoder_of(model.section, seed)(tokens, tokens)
+        assert torch.equal(model(tokens, tokens), 2 * plain)
+        assert torch.equal(model.eval()(tokens, tokens), plain)
+        assert calls.pop() == ((14, 32), (97, 32), (14,), model.section.logit_softcap)
+        assert not calls
+
+
+# Gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_the_slopes_of_the_model_in_float64(seed: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd of the model as it trains, in fp32, against differences of the loss of the same model in float64.
+
+    For that, the parts that compute in fp32 whatever they are given (rotation, capped attention, loss) are replaced by their
+    formulas. Packed documents, a prefix and targets that do not count are there too.
+    """
+    section = section_of(form, initial_deviation=0.2)
+    documents = draw_documents(seed, 2, 12)
+    tokens, labels = draw_tokens(section, seed, 2, 12), draw_tokens(section, seed + 1, 2, 12)
+    labels[0, 3:6] = IGNORE
+    given = {"documents_BT": documents, "positions_BT": positions_inside(documents), "prefix_BT": positions_inside(documents) < 2}
+    model = decoder_of(section, seed)
+    # Deeper than the first weights, which are all alike: scales and biases get values too.
     with torch.no_grad():
-        whole = model(tokens)
-        cache = KeyValueCache(section.num_layers, 30)
-        parts = [model(tokens[:, start:end], cache=cache) for start, end in ((0, 11), (11, 12), (12, 20), (20, 30))]
-        assert cache.length == 30
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model(tokens, last_only=True), whole[:, -1:], rtol=1e-4, atol=1e-5)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + len(name)))
+    model(tokens, labels, **given).backward()
+
+    def loss_of(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, softcap: float | None = None) -> torch.Tensor:
+        logits = hidden @ weight.T
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    exact = Decoder(section, plain_attention, loss_of)
+    exact.load_state_dict(model.state_dict())
+    exact.double()
+    monkeypatch.setattr(decoder, "rotate", rotate_by_pairs)
+    generator = torch.Generator().manual_seed(seed)
+    for (name, parameter), slope in zip(exact.named_parameters(), model.parameters(), strict=True):
+        assert slope.grad is not None, name
+        values, gradient = parameter.detach().view(-1), slope.grad.flatten()
+        for place in (int(gradient.abs().argmax()), int(torch.randint(len(values), (1,), generator=generator))):
+            step, losses = 1e-4, []
+            for sign in (1, -2):
+                values[place] += sign * step
+                with torch.no_grad():
+                    losses.append(exact(tokens, labels, **given).item())
+            values[place] += step
+            found, expected = gradient[place].item(), (losses[0] - losses[1]) / (2 * step)
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-4 * max(1.0, float(gradient.abs().max()))), (name, place)
+
+
+@pytest.mark.parametrize("qk_norm", [None, "head", "full"])
+def test_attention_with_normalised_queries_and_keys_is_the_formula(seed: int, qk_norm: Literal["head", "full"] | None) -> None:
+    """Values against the formula, gradients of inputs and of all weights against finite differences, in float64."""
+    section = section_of(width=8, num_heads=2, num_kv_heads=1, qk_norm=qk_norm, initial_deviation=0.5)
+    part = decoder_of(section, seed).blocks[0].get_submodule("attention").double()
+    assert isinstance(part, Attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(1, 4, 8, generator=generator).double().requires_grad_()
+
+    def normalise(x: torch.Tensor, norm: torch.nn.Module | None, heads: int) -> torch.Tensor:
+        x_BTNH = x.unflatten(-1, (heads, 4))
+        if qk_norm is None:
+            return x_BTNH
+        assert norm is not None
+        width = x_BTNH if qk_norm == "head" else x
+        scale = torch.as_tensor(norm.get_parameter("weight"))
+        return (width / (width.square().mean(-1, keepdim=True) + section.norm_epsilon).sqrt() * scale).reshape(x_BTNH.shape)
+
+    query = normalise(x @ part.query.weight.T, part.query_norm, 2)
+    key = normalise(x @ part.key.weight.T, part.key_norm, 1)
+    value = (x @ part.value.weight.T).unflatten(-1, (1, 4))
+    expected = plain_attention(query, key, value).flatten(2) @ part.output.weight.T
+    torch.testing.assert_close(part(x, None, None, None, 0), expected)
+    weights = [parameter for name, parameter in part.named_parameters()]
+    names = [name for name, _ in part.named_parameters()]
+
+    def function(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(part, dict(zip(names, weights, strict=True)), (x, None, None, None, 0))
+
+    assert torch.autograd.gradcheck(function, (x, *weights))
+
+
+@pytest.mark.parametrize("form", ["llama", "olmo2", "gpt2"])
+def test_norms_stand_before_or_behind_their_part(seed: int, form: str) -> None:
+    model = decoder_of(section_of(form, positions="none", initial_deviation=0.3), seed).double()
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(seed)).double()
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return block.attention(x, None, None, None, 0)
+
+    if form == "olmo2":
+        middle = x + block.attention_norm(attend(x))
+        expected = middle + block.feed_forward_norm(block.feed_forward(middle))
+    else:
+        middle = x + attend(block.attention_norm(x))
+        expected = middle + block.feed_forward(block.feed_forward_norm(middle))
+    torch.testing.assert_close(block(x, None), expected)
+
+
+# Compiled layer by layer -------------------------------------------------------------------------------
+
+
+class Counting:
+    """A backend that needs no compiler (aot_eager makes the gradients' graph, eager not even that) and counts what it was given."""
+
+    def __init__(self, name: str = "aot_eager") -> None:
+        self.name = name
+        self.num_graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        self.num_graphs += 1
+        return torch._dynamo.lookup_backend(self.name)(graph, inputs)
+
+
+def compiled(model: Decoder, backend: Counting) -> Decoder:
+    """As training compiles it (engine/speed.py); `fullgraph` refuses every break."""
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True, backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("form", ["qwen3", "gpt2", "olmo2", "mistral", "capped"])
+def test_blocks_compiled_one_by_one_are_one_graph_and_equal_eager(seed: int, form: str) -> None:
+    """No break in a layer, one graph for all layers, and none for other documents or a prefix."""
+    section, backend = section_of(form, num_layers=3, initial_deviation=0.1), Counting()
+    eager, model = decoder_of(section, seed), compiled(decoder_of(section, seed), backend)
+    for draw in range(3):
+        documents = draw_documents(seed + draw, 2, 20)
+        tokens, given = draw_tokens(section, seed + draw, 2, 20), {"documents_BT": documents, "positions_BT": positions_inside(documents)}
+        if draw == 2:
+            given["prefix_BT"] = positions_inside(documents) < 3
+        losses = [one(tokens, tokens, **given) for one in (model, eager)]
+        torch.testing.assert_close(*losses)
+        found, expected = (torch.autograd.grad(loss, list(one.parameters())) for loss, one in zip(losses, (model, eager), strict=True))
+        for (name, _), one, other in zip(eager.named_parameters(), found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())), msg=name)
+        assert backend.num_graphs == 1
+
+
+def test_each_length_and_evaluation_cost_one_graph_for_all_layers(seed: int) -> None:
+    section, backend = section_of("llama", num_layers=3), Counting()
+    eager, model = decoder_of(section, seed), compiled(decoder_of(section, seed), backend)
+    for _again in range(2):
+        for num_tokens in (20, 10):
+            tokens = draw_tokens(section, seed, 2, num_tokens)
+            torch.testing.assert_close(model(tokens, tokens), eager(tokens, tokens))
+            with torch.no_grad():
+                torch.testing.assert_close(model.eval()(tokens), eager.eval()(tokens))
+            model.train()
+            eager.train()
+    assert backend.num_graphs == 4
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_masks_of_blocks_cost_no_graph_of_their_own(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each step makes a new one, with a function of its own: neither the mask nor the layers are compiled again for it.
+
+    Without gradients, which FlexAttention has none of on the CPU, and with a backend that needs no compiler.
+    """
+    section, masks, layers = (
+        section_of("capped", num_layers=3, sliding_window=9, initial_deviation=0.1),
+        Counting("eager"),
+        Counting("eager"),
+    )
+    eager, model = decoder_of(section, seed), compiled(decoder_of(section, seed), layers)
+    make = torch.compile(attention.create_block_mask, dynamic=False, backend=masks)
+    compile_others = attention._compiled
+    monkeypatch.setattr(
+        attention, "_compiled", lambda function: make if function is attention.create_block_mask else compile_others(function)
+    )
+    for draw in range(3):
+        documents = draw_documents(seed + draw, 2, 20)
+        tokens, given = draw_tokens(section, seed + draw, 2, 20), {"documents_BT": documents, "prefix_BT": positions_inside(documents) < 3}
+        with torch.no_grad():
+            expected = eager(tokens, tokens, **given)
+            with monkeypatch.context() as on_gpu:
+                on_gpu.setattr(decoder, "takes_blocks", lambda *_of_what: True)
+                torch.testing.assert_close(model(tokens, tokens, **given), expected)
+        assert (masks.num_graphs, layers.num_graphs) == (1, 1)
+
+
+# Parts -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
@@ -282,12 +356,12 @@ def test_feed_forward_is_the_formula(seed: int, kind: Literal["swiglu", "gelu"])
 def test_attention_can_be_exchanged(seed: int) -> None:
     calls: list[tuple[int, ...]] = []
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, visible: Visible | None, dropout: float) -> torch.Tensor:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
         calls.append(tuple(query.shape))
-        return causal_attention(query, key, value, visible=visible, dropout=dropout)
+        return causal_attention(query, key, value, **how)
 
     model = Decoder(section_of(), attend)
-    initialize_weights(model, seed)
+    initialize_weights(model, model.section, seed)
     tokens = draw_tokens(model.section, seed, 2, 7)
     assert torch.equal(model(tokens), decoder_of(model.section, seed)(tokens))
     assert calls == [(2, 7, 4, 8)] * 2

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.run.outcome import EXIT_DEFECT, EXIT_DONE, EXIT_MISTAKE, EXIT_RESUMABLE, Outcome, decide, read_outcomes, write_outcome
+from configs.errors import EXIT_DEFECT, EXIT_DONE, EXIT_MISTAKE, EXIT_RESUMABLE
+from pretrain.run.outcome import Outcome, Verdict, decide, read_outcomes, write_outcome
 
 DONE, STOPPED = Outcome("done", "all done"), Outcome("stopped", "stopped and saved")
 LATE_DEFECT, EARLY_DEFECT = Outcome("defect", "the late one", time=9.0), Outcome("defect", "the early one", time=3.0)
@@ -28,7 +29,7 @@ def test_the_exit_statuses_are_what_launchers_know() -> None:
         ({0: EARLY_DEFECT, 1: MISTAKE}, {2: -signal.SIGKILL}, 2, "the user's"),
         ({0: Outcome("mistake", "second", time=2.0), 1: Outcome("mistake", "first", time=1.0)}, {}, 2, "first"),
         # killed from outside: resumable, whatever the others made of it
-        *(({0: EARLY_DEFECT}, {1: -number}, 75, f"rank 1 was ended by {signal.Signals(number).name}") for number in (1, 2, 9, 15)),
+        *(({0: EARLY_DEFECT}, {1: -number}, 75, f"rank 1 was ended by {signal.Signals(number).name}") for number in (1, 2, 9, 10, 12, 15)),
         ({}, {0: -signal.SIGKILL}, 75, "is memory short?"),
         ({0: DONE}, {3: -signal.SIGTERM, 2: -signal.SIGKILL}, 75, "rank 2 was ended by SIGKILL"),
         # the record of a rank counts more than the signal that ended it afterwards
@@ -43,9 +44,36 @@ def test_the_exit_statuses_are_what_launchers_know() -> None:
     ],
 )
 def test_decide(outcomes: dict[int, Outcome], exit_codes: dict[int, int], status: int, message: str) -> None:
-    found, said = decide(outcomes, exit_codes)
-    assert found == status
-    assert message in said
+    verdict = decide(outcomes, exit_codes)
+    assert verdict.status == status
+    assert message in verdict.message
+    # Who was asked to stop, is done or made a mistake is not begun again; whom something befell is.
+    assert verdict.is_fault == (status == 1 or "was ended by" in message or "memory" in message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    ],
+)
+def test_a_lack_of_memory_would_come_again(error: str) -> None:
+    verdict = decide({0: Outcome("defect", f"Traceback (most recent call last):\n{error}")}, {0: 1})
+    assert (verdict.status, verdict.is_fault) == (EXIT_DEFECT, False)
+
+
+def test_a_defect_may_say_itself_that_it_would_come_again() -> None:
+    corrupt = Outcome("defect", "weights differ between ranks", comes_again=True)
+    assert decide({0: corrupt, 1: corrupt}, {0: 1}) == Verdict(EXIT_DEFECT, "rank 0 failed:\nweights differ between ranks", is_fault=False)
+
+
+def test_a_rollback_goes_on_with_its_plan_unless_something_worse_happened() -> None:
+    planned = Outcome("rollback", "back to step 3", rollback={"to_step": 3})
+    assert decide({0: planned, 1: planned}, {}) == Verdict(EXIT_RESUMABLE, "back to step 3", is_fault=True, rollback={"to_step": 3})
+    for worse, exit_codes in ((MISTAKE, {}), (LATE_DEFECT, {}), (None, {1: -signal.SIGKILL})):
+        outcomes = {0: planned} | ({1: worse} if worse else {})
+        assert decide(outcomes, exit_codes).rollback is None
 
 
 def test_records_come_back_as_they_were_left(tmp_path: Path) -> None:
@@ -58,3 +86,10 @@ def test_records_come_back_as_they_were_left(tmp_path: Path) -> None:
         assert outcome.time > 1.7e9, "the time of the record is its own"
         assert Outcome(outcome.kind, outcome.message, outcome.first_step, outcome.last_step) == written[rank]
     assert read_outcomes(tmp_path / "nowhere") == {}
+
+
+def test_a_record_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary-4711-canary")
+    write_outcome(tmp_path, 0, Outcome("defect", "Traceback: the server refused canary-4711-canary"))
+    assert read_outcomes(tmp_path)[0].message == "Traceback: the server refused [WANDB_API_KEY]"
+    assert "canary" not in (tmp_path / "rank_00000.json").read_text()

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ def _handlers_come_back() -> Iterator[None]:
 
 
 def test_these_are_the_signals() -> None:
-    assert set(STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP}
+    assert set(STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -37,11 +38,27 @@ def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
     assert threading.active_count() == threads
 
 
+def test_a_file_asks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for once a second, and once it was there the answer stays."""
+    now, file = 100.0, tmp_path / "STOP"
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop, other = StopRequest(file), StopRequest()
+    assert not stop.asked
+    file.touch()
+    now = 100.9
+    assert not stop.asked
+    now = 101.0
+    assert stop.asked
+    file.unlink()
+    assert stop.asked
+    assert not other.asked
+
+
 def test_nobody_asked() -> None:
     assert StopRequest().asked is False
-    usr1 = signal.getsignal(signal.SIGUSR1)
+    winch = signal.getsignal(signal.SIGWINCH)
     StopRequest()
-    assert signal.getsignal(signal.SIGUSR1) is usr1, "only the stop signals are taken"
+    assert signal.getsignal(signal.SIGWINCH) is winch, "only the stop signals are taken"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own link between a process and its parent")
@@ -52,7 +69,7 @@ def test_a_rank_ends_with_its_parent() -> None:
     if parent == 0:
         try:  # a child of the test never goes on with the test
             if os.fork() == 0:
-                end_with_parent()
+                end_with_parent(os.getppid())
                 os.write(to_test, b"ready")
             time.sleep(60)
         finally:
@@ -65,3 +82,15 @@ def test_a_rank_ends_with_its_parent() -> None:
     assert os.read(from_rank, 1) == b"", "the pipe closes when the last process that holds it is gone"
     assert time.monotonic() - began < 30
     os.close(from_rank)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own link between a process and its parent")
+def test_a_rank_whose_parent_ended_before_it_asked_ends_at_once() -> None:
+    """As one does whose supervisor is killed while it imports: a campaign found two that waited for half an hour."""
+    started = os.fork()
+    if started == 0:
+        try:
+            end_with_parent(1 if os.getppid() != 1 else 2)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(started, 0)[1]) == -signal.SIGKILL

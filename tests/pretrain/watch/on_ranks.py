@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from configs.errors import UserError
 from pretrain.data.batches import MicroBatch
 from pretrain.engine.parallel import Layout
 from pretrain.watch.evaluate import evaluate
@@ -17,20 +16,21 @@ from pretrain.watch.verdicts import Verdicts
 
 
 def hear_verdicts() -> dict[str, Any]:
-    """Three steps: as usual, a stop asked of rank 1 only, a NaN on rank 0 only; then an evaluation."""
+    """Three steps: as usual, a stop asked of rank 1 only and both have written, a NaN on rank 0 only; one not applied alike.
+
+    Then an evaluation."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     layout = Layout(rank, world_size, rank, world_size, torch.device("cpu"))
     verdicts, heard = Verdicts(layout), []
     for step, losses, stop in ((1, (1.0, 2.0), False), (2, (2.0, 3.0), rank == 1), (3, (float("nan"), 1.0), False)):
         verdicts.add(torch.tensor(losses[rank]))
-        verdicts.send(step, 4.0, stop)
-        try:
-            heard.append(str(verdicts.read(now=False)))
-        except UserError as error:
-            heard.append(str(error))
+        verdicts.send(step, torch.tensor(4.0), stop, save_written=step == 2, applied=step != 3)
+        heard.append(str(verdicts.read(now=False)))
+    heard.append(str(verdicts.read(now=True)))
+    verdicts.send(4, torch.tensor(4.0), False, save_written=False, applied=rank == 0)
     try:
         heard.append(str(verdicts.read(now=True)))
-    except UserError as error:
+    except RuntimeError as error:
         heard.append(str(error))
 
     class Model(torch.nn.Module):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import ModelSection, TrainingSection
+from configs.model_section import ModelSection
+from configs.schema import TrainingSection
 from pretrain.data.batches import held_out_batches
 from pretrain.data.tokens import TokenFiles, TokenStream
-from pretrain.model.decoder import Decoder, initialize_weights
+from pretrain.model.decoder import Decoder
+from pretrain.model.weights import initialize_weights
 from pretrain.watch.evaluate import evaluate
 from tests.tiny import write_shard
 
@@ -23,7 +25,7 @@ def make_model(seed: int, **changes: float) -> Decoder:
     model = Decoder(
         ModelSection(vocabulary_size=V, num_layers=1, width=16, num_heads=2, feed_forward_width=32, largest_context=32, **changes)
     )
-    initialize_weights(model, seed)
+    initialize_weights(model, model.section, seed)
     return model
 
 

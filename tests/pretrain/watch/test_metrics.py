@@ -1,6 +1,8 @@
 """metrics.jsonl: each step exactly once, however often the run was killed."""
 
 import json
+import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,39 @@ def test_after_kills_every_step_is_there_exactly_once(tmp_path: Path) -> None:
     write(path, rows(range(21, 31), attempt=3))
     assert read_rows(path) == rows(range(1, 11)) + rows(range(11, 21), 2) + rows(range(21, 31), 3)
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_an_attempt_that_slept_through_its_replacement_adds_nothing(tmp_path: Path) -> None:
+    """Also where it had not written anything before."""
+    for number, before in enumerate((range(1, 8), range(0))):
+        path = tmp_path / f"metrics-{number}.jsonl"
+        asleep = MetricsLog(path)
+        for row in rows(before):
+            asleep.write(row)
+        cut_back(path, 5)
+        write(path, rows(range(6, 11), attempt=2))
+        now = read_rows(path)
+        assert asleep.write(rows(range(8, 9))[0]) is None
+        assert read_rows(path) == now
+
+
+def test_a_row_that_is_written_in_part_comes_again(tmp_path: Path) -> None:
+    """A disk that is full in the middle of a row: said, and behind it the whole row stands below the torn one."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    one, two, three, four = rows(range(1, 5))
+    assert log.write(one) is None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limit[1]))
+        assert "20 of" in (log.write(two) or "")
+        assert "File too large" in (log.write(three) or "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert log.write(four) is None
+    assert read_rows(path) == [one, two, three, four]
 
 
 def test_throughput_and_waiting_are_over_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,20 @@ def test_a_wandb_that_cannot_start_is_said_and_no_more(tmp_path: Path, monkeypat
     assert start_tracking(config(), tmp_path, said.append) is None
 
 
+def test_the_run_it_began_with_is_part_of_the_configuration_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Run:
+        def define_metric(self, *_: Any, **__: Any) -> None: ...
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(tracking.wandb, "init", lambda **settings: (asked.append(settings), Run())[1])
+    branch = config(wandb="offline").model_copy(update={"start_from": "/runs/base@1000", "start_with": "everything"})
+    start_tracking(branch, tmp_path, lambda _: None)
+    assert {key: asked[0]["config"][key] for key in ("start_from", "start_with")} == {
+        "start_from": "/runs/base@1000",
+        "start_with": "everything",
+    }
+
+
 def test_a_service_that_is_away_leaves_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Run:
         def define_metric(self, *_: Any, **__: Any) -> None: ...
