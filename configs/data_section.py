@@ -173,7 +173,7 @@ class DataSection(Section):
     """Whether `pretrain train` reads every shard and compares its SHA-256 first. Either way each block of 64 KiB is compared with its
     CRC32C when it is first read, and a flipped bit ends the run."""
     workers: PositiveInt | None = Field(default=None, json_schema_extra=FREE)
-    """Ray tasks at once; when null, one per CPU. The result does not depend on it."""
+    """Ray tasks at once; when null, one per CPU, of all hosts where Ray is a cluster. The result does not depend on it."""
 
     @model_validator(mode="after")
     def _sources(self) -> "DataSection":

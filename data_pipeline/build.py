@@ -5,7 +5,6 @@ In: the `data` section of a run file. Out: `<root>/tokenizer.json`, `<root>/unit
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -93,7 +92,7 @@ def build_dataset(data: DataSection, report: Report, engine: Engine = open_ray, 
             check_room(root, plan.files)
             write_plan(root, described)
             recipe = Recipe(root, token, data, rules, libraries, root / TOKENIZER)
-            with scratch_folder(root, token) as scratch, engine(data.workers or count_cores(), scratch) as run:
+            with scratch_folder(root, token) as scratch, engine(data.workers, scratch) as run:
                 return _build(recipe, plan, report, run)
 
 
@@ -161,7 +160,7 @@ def _build(recipe: Recipe, plan: Plan, report: Report, run: Run) -> BuildResult:
         records |= _make_units([task for task in tasks if task.moved], report, run, stages)
     report(Progress("manifest", 0, 1, "writing the manifest"))
     manifest = _describe(recipe, [records[task.unit.index] for task in tasks])
-    described = describe_build(manifest, stages, {**facts, "workers": data.workers or count_cores()})
+    described = describe_build(manifest, stages, {**facts, "workers": data.workers})
     write_report(root, described, len(plan.units), Survivors(tasks).name)
     write_manifest(root, manifest)
     _tidy(root)
@@ -364,8 +363,3 @@ def _place_shards(split: Any, records: list[UnitRecord]) -> Iterator[ShardRecord
     """The units' shards in their order, named from the dataset's folder."""
     for number, record in enumerate(records):
         yield from (place_shard(number, shard) for shard in record.shards.get(split, ()))
-
-
-def count_cores() -> int:
-    """Cores that this process may use (a container or a batch job may have fewer than the machine)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

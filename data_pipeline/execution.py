@@ -39,12 +39,13 @@ class Run(Protocol):
         ...
 
 
-Engine = Callable[[int, Path], AbstractContextManager[Run]]
-"""Opens a place for tasks: (workers at once, private scratch folder) -> Run. Nothing is started before the first task."""
+Engine = Callable[[int | None, Path], AbstractContextManager[Run]]
+"""Opens a place for tasks: (workers at once or None, one per CPU, private scratch folder) -> Run. Nothing is started before the first
+task."""
 
 
 @contextmanager
-def open_here(workers: int, scratch: Path) -> Generator[Run, None, None]:
+def open_here(workers: int | None, scratch: Path) -> Generator[Run, None, None]:
     """One task after the other, in this process; `workers` and `scratch` are not used."""
 
     def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Generator[tuple[Task, Result | Failed], None, None]:
@@ -61,8 +62,9 @@ def open_here(workers: int, scratch: Path) -> Generator[Run, None, None]:
 
 
 @contextmanager
-def open_ray(workers: int, scratch: Path) -> Generator[Run, None, None]:
-    """Side by side, `workers` at once; a task whose worker dies is tried again, at most 3 times, and then given up.
+def open_ray(workers: int | None, scratch: Path) -> Generator[Run, None, None]:
+    """Side by side, `workers` at once, or one on each CPU of all hosts; a task whose worker dies is tried again, at most 3 times, and then
+    given up.
 
     Uses the Ray that is running in this process, else the cluster RAY_ADDRESS names, else one of its own below `scratch`,
     which ends with this. Raises UserError when memory runs out.
@@ -74,7 +76,7 @@ def open_ray(workers: int, scratch: Path) -> Generator[Run, None, None]:
             if tasks and not started:
                 stack.enter_context(_connect(workers, scratch))
                 started.append(True)
-            yield from _run(function, tasks, workers)
+            yield from _run(function, tasks, workers or _count_cpus())
 
         yield run
 
@@ -97,6 +99,13 @@ def _run(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
         yield task, _result(done[0])
 
 
+def _count_cpus() -> int:
+    """Of all hosts, as Ray counts them. Hosts that join later are not waited for, nor used."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def _result(reference: Any) -> Any:
     import ray.exceptions
 
@@ -115,7 +124,7 @@ def _result(reference: Any) -> Any:
 
 
 @contextmanager
-def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
+def _connect(workers: int | None, scratch: Path) -> Generator[None, None, None]:
     import ray
 
     if ray.is_initialized():
@@ -139,7 +148,7 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
         settings["RAY_AUTH_TOKEN_PATH"] = str(token)
         local = {
             "address": "local",
-            "num_cpus": workers,
+            "num_cpus": workers or count_cores(),
             "num_gpus": 0,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
@@ -165,6 +174,11 @@ def _connect(workers: int, scratch: Path) -> Generator[None, None, None]:
             yield
         finally:
             ray.shutdown()
+
+
+def count_cores() -> int:
+    """Cores that this process may use (a container or a batch job may have fewer than the machine)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -23,7 +23,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -87,6 +87,14 @@ def submit(plan: LaunchPlan, say: Callable[[str], None]) -> int:
     return 0
 
 
+def delete(folder: Path) -> str | None:
+    """Take a launch's objects out of the cluster: each pod is told to end, saves, and none is made in its place. Returns what kubectl said,
+    or None where the launch is of another kind. folder: the launch's. Raises UserError as `submit` does.
+    """
+    file = folder / MANIFESTS
+    return _kubectl("delete", "--ignore-not-found", "--wait=false", "-f", str(file)).strip() if file.is_file() else None
+
+
 def _next_commands(plan: LaunchPlan, section: KubernetesSection, file: str) -> dict[str, str]:
     name, place = object_name(plan), f"--namespace {section.namespace}"
     pods = f"{place} --selector app.kubernetes.io/instance={name}"
@@ -97,7 +105,8 @@ def _next_commands(plan: LaunchPlan, section: KubernetesSection, file: str) -> d
     if section.kind != "pytorchjob" and not plan.builds_data:
         suspend = """--type merge --patch '{"spec":{"suspend":true}}'"""
         commands["to pause it, saved"] = f"kubectl patch {place} {section.kind} {name} {suspend}"
-    return commands | {"to stop it, saved": f"kubectl delete -f {shlex.quote(file)}"}
+    stop = f"kubectl delete -f {shlex.quote(file)}" if plan.builds_data else f"pretrain stop {shlex.quote(plan.run_folder)}"
+    return commands | {"to stop it, saved": stop}
 
 
 def object_name(plan: LaunchPlan) -> str:

@@ -31,7 +31,7 @@ RAY = "ray.scripts.scripts"
 
 
 def build_command(plan: LaunchPlan, cpus: str | None = None) -> list[str]:
-    """`pretrain data build`. Where the run file leaves `data.workers` open, it would count the cores of one node.
+    """`pretrain data build`. Where the run file leaves `data.workers` open, it would count what has joined when it begins.
 
     cpus: of all nodes, in the shell's words, where the cluster file does not tell how many a node has.
     """

@@ -166,7 +166,7 @@ def srun(plan: LaunchPlan) -> str:
     container = plan.cluster.container
     if container is None:
         return shlex.join(words)
-    shared = plan.cluster.job.shared_folders or (plan.run_folder, plan.code.source)
+    shared = plan.cluster.job.shared_folders
     if strange := next((path for path in shared if "," in path or ":" in path), None):
         raise UserError(f"{strange!r} is to be mounted into the container, and ',' and ':' separate mounts; give a folder without them.")
     mounts = [*(f"{path}:{path}" for path in dict.fromkeys(shared)), *container.mounts]

@@ -68,6 +68,12 @@ def _check_places(plan: LaunchPlan, config: RunConfig) -> None:
     else:  # a pod has its code and its files from the image and the manifest
         key, shared = "job.shared_folders", list(plan.cluster.job.shared_folders)
         places |= {"the folder of the code": plan.code.source, "the folder of the launch": plan.folder}
+    container = plan.cluster.container
+    if plan.kind == "slurm" and container is not None and not shared and not container.mounts:
+        raise UserError(
+            f"container of cluster {plan.cluster.name} sees only what is mounted, and job.shared_folders is empty; name the folders there "
+            f"that hold {', '.join(f'{what} ({path})' for what, path in places.items())}."
+        )
     if not shared and plan.kind != "kubernetes":
         return
     for what, path in places.items():

@@ -5,7 +5,6 @@ within a limit of time.
 """
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from launch.preflight.meeting import ANSWER_SECONDS, LOOK_SECONDS, find_meeting,
 from launch.preflight.probes import CHECKS, Check, run_checks
 from launch.preflight.processes import MEASURE_SECONDS, measure
 from launch.preflight.report import Finding, NodeReport, Report, Trouble, first_line, from_json, spell_nodes, to_json
-from launch.preflight.site import Site, facts_of_node, look_for, remove_marks
+from launch.preflight.site import Site, facts_of_node, look_for, name_of_node, remove_marks
 
 Say = Callable[[str], object]
 ALONE = ("torch and CUDA", "device")
@@ -29,7 +28,7 @@ LAST_WORD_SECONDS = 5.0
 
 def examine(site: Site, say: Say, checks: Mapping[str, Check] = CHECKS) -> Report:
     """Run all checks, on this node and with the others. Nothing is left running, no file is left behind."""
-    began, host = time.monotonic(), socket.gethostname()
+    began, host = time.monotonic(), name_of_node()
     say(f"node {site.node} ({host}): {len(checks)} checks of its own")
     troubles = run_checks(site, checks)
     own = tuple(Finding(check, site.node, host, *trouble) for check, rows in troubles.items() for trouble in rows)

@@ -6,6 +6,7 @@ marks: files by which nodes find out whether a folder is shared.
 
 import hashlib
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -102,6 +103,11 @@ def hash_code(root: Path, packages: Iterable[str] = ("configs", "data_pipeline",
         for path in sorted((root / package).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\0{sha256_of_file(path)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def name_of_node() -> str:
+    """What the others, and Slurm where it began this process, call this node: what is to be excluded is told to Slurm by Slurm's name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def facts_of_node() -> dict[str, str]:

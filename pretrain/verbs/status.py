@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.errors import UserError
-from launch import queue
+from launch import kubernetes, queue
 from pretrain.verbs.arguments import AsJson, RunArgument, find_run, say
 
 if TYPE_CHECKING:
@@ -59,14 +59,18 @@ def stop(
 ) -> None:
     """End a run politely, wherever it runs: the step that is running ends, the state is saved, and no job goes on with it.
 
-    A job that waits in Slurm's queue is cancelled, and so is the rest of a chain. To go on, start the run again.
+    A job that waits in Slurm's queue is cancelled, and so is the rest of a chain; what Kubernetes would make pods of again is deleted,
+    by kubectl. To go on, start the run again.
 
     Example: pretrain stop runs/demo
     """
     folder = find(run)
     row = describe(folder)
     waiting = [job["number"] for job in row["jobs"] if job["waits"]]
-    if row["state"] == "running":
+    deleted = _delete_pods(folder) if row["state"] != "done" else None
+    if deleted is not None:
+        say(deleted or "Kubernetes has nothing of this launch.")
+    elif row["state"] == "running":
         folder.stop_file.touch()  # first: a job that ends now does not go back into the queue
         say(f"{folder.stop_file} is made; the run stops after the step that is running, and is saved.")
     if waiting:
@@ -75,15 +79,21 @@ def stop(
     if row["state"] != "running":
         say(f"{folder.path} is not running ({_state_of(row)})." + ("" if waiting else " There is nothing to stop."))
     elif wait:
-        row = _wait_for_the_end(folder)
+        row = _wait_for_the_end(folder, by_file=deleted is None)
         say(f"{folder.path}: {_state_of(row)}; step {row['committed']:,} of {row['total_steps']:,} is committed.")
 
 
-def _wait_for_the_end(folder: "RunFolder") -> dict[str, Any]:
-    """Until nothing of the run is running. Returns how it stands then."""
+def _delete_pods(folder: "RunFolder") -> str | None:
+    """What Kubernetes says of the newest launch's end, or None where the run is not there."""
+    launches = _launches(folder)
+    return kubernetes.delete(launches[-1].parent) if launches else None
+
+
+def _wait_for_the_end(folder: "RunFolder", by_file: bool) -> dict[str, Any]:
+    """Until nothing of the run is running. Returns how it stands then. by_file: it was told by the file STOP."""
     began = told = time.monotonic()
     while (row := describe(folder))["state"] == "running":
-        if not folder.stop_file.exists():  # a start removes one that is there, and this one had just begun
+        if by_file and not folder.stop_file.exists():  # a start removes one that is there, and this one had just begun
             folder.stop_file.touch()
         if time.monotonic() - told > SAY_SECONDS:
             told = time.monotonic()
@@ -115,8 +125,13 @@ def find_all(root: Path) -> list["RunFolder"]:
 
 def _configuration(folder: "RunFolder") -> Path | None:
     """Where the run's configuration stands: a run that was launched for the first time and waits has it in the launch's folder only."""
-    launched = sorted(folder.path.glob("launches/*/run.yaml"), key=lambda path: path.stat().st_mtime)
+    launched = _launches(folder)
     return folder.config_file if folder.config_file.is_file() else (launched[-1] if launched else None)
+
+
+def _launches(folder: "RunFolder") -> list[Path]:
+    """The run files of all launches, the oldest first."""
+    return sorted(folder.path.glob("launches/*/run.yaml"), key=lambda path: path.stat().st_mtime)
 
 
 def describe(folder: "RunFolder") -> dict[str, Any]:

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from configs.errors import UserError
+from data_pipeline import execution
 from data_pipeline.execution import Failed, open_here, open_ray
 
 HERE = Path("/nowhere")  # Ray is running: no scratch is needed
@@ -22,6 +24,22 @@ def test_every_task_gives_one_result(engine, two_workers):
     with engine(2, HERE) as run:
         assert sorted(run(double, range(20))) == [(task, 2 * task) for task in range(20)]
         assert list(run(double, [])) == []
+
+
+def test_where_nothing_is_said_every_cpu_of_the_cluster_works(tmp_path, two_workers, monkeypatch):
+    """Those that Ray counts; this process may have others."""
+    monkeypatch.setattr(execution, "count_cores", lambda: 64)
+
+    def meet(task: int) -> bool:
+        (tmp_path / f"{task}").touch()
+        until = time.monotonic() + 20
+        while not (tmp_path / f"{1 - task}").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        return (tmp_path / f"{1 - task}").exists()
+
+    with open_ray(None, HERE) as run:
+        assert sorted(run(meet, range(2))) == [(0, True), (1, True)]
+        assert execution._count_cpus() == 2
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path, two_workers):

@@ -238,12 +238,14 @@ def test_two_processes_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """`pretrain doctor` alone: every check, a device each, and the way between them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
     done = call("doctor", "--json")
     found = json.loads(done.out)
     failures = [finding for finding in found["findings"] if not finding["is_warning"]]
     assert (done.status, failures, found["passed"]) == (0, [], True)
     assert found["seconds"] < 60
     (node,) = found["nodes"]
+    assert node["host"] == "n7", "what is to be excluded is told to Slurm by Slurm's name"
     num_devices = min(2, os.cpu_count() or 1)
     assert [device["local_rank"] for device in node["devices"]] == list(range(num_devices))
     assert all(device["matmul_tflops"] > 0 and device["memory_gb_per_second"] > 0 for device in node["devices"])

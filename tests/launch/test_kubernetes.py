@@ -26,7 +26,7 @@ import yaml
 from configs.cluster import ClusterConfig, KubernetesSection
 from configs.errors import UserError
 from launch import kubernetes
-from launch.kubernetes import MANIFESTS, STOPPED_AS_KILLED, object_name, render, submit
+from launch.kubernetes import MANIFESTS, STOPPED_AS_KILLED, delete, object_name, render, submit
 from launch.kubernetes_pod import escape
 from launch.plan import Code, LaunchPlan
 
@@ -371,9 +371,18 @@ def test_all_is_checked_by_the_server_before_anything_is_made(
     ]
     commands = dict(line.strip().split(":", 1) for line in said[1:])
     assert said[0] == "job.batch/x created"
-    assert shlex.split(commands["to stop it, saved"]) == ["kubectl", "delete", "-f", file]
+    stop = ["kubectl", "delete", "-f", file] if builds_data else ["pretrain", "stop", plan.run_folder]
+    assert shlex.split(commands["to stop it, saved"]) == stop
     assert shlex.split(commands["what it prints"])[:4] == ["kubectl", "logs", "--namespace", "research"]
     assert ("to pause it, saved" in commands) == (kind != "pytorchjob" and not builds_data)
+
+
+def test_what_was_made_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_kubectl(tmp_path, monkeypatch)
+    assert delete(tmp_path) is None and not calls.exists(), "of another kind"
+    (tmp_path / MANIFESTS).touch()
+    assert delete(tmp_path) == "job.batch/x created"
+    assert json.loads(calls.read_text()) == ["delete", "--ignore-not-found", "--wait=false", "-f", str(tmp_path / MANIFESTS)]
 
 
 def test_modules_of_the_user_s_own_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,13 @@ def test_shared_folders_hold_everything_or_are_not_said(tmp_path: Path) -> None:
     validate_launch(a_plan(tmp_path, "slurm", **both), a_run(tmp_path, "data.root=s3://bucket/web"))
 
 
+def test_a_container_in_which_nothing_would_be_seen(tmp_path: Path) -> None:
+    image = {"runtime": "apptainer", "image": "image.sif"}
+    said = refusal(tmp_path, "slurm", sections={**EVERY, "container": image})
+    assert "job.shared_folders is empty" in said and "run.root (/shared/runs/mine)" in said
+    validate_launch(a_plan(tmp_path, "slurm", **EVERY, container={**image, "mounts": ("/shared:/shared",)}), a_run(tmp_path))
+
+
 def test_a_shared_folder_that_is_relative(tmp_path: Path) -> None:
     assert "found 'shared', wanted an absolute path" in refusal(
         tmp_path, "slurm", sections={**EVERY, "job": {"shared_folders": ("shared",)}}

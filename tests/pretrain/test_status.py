@@ -206,12 +206,12 @@ def test_where_there_is_no_run(run: RunFolder) -> None:
         call("status", "other")
 
 
-def end_when_told(run: RunFolder, restarts: int = 0) -> threading.Thread:
-    """A supervisor: it removes the file at its start, and ends when it is there again."""
+def end_when_told(run: RunFolder, restarts: int = 0, told: Path | None = None) -> threading.Thread:
+    """A supervisor: it removes the file at its start, and ends when it is there again. told: the file, else STOP."""
 
     def supervise() -> None:
         for remaining in range(restarts, -1, -1):
-            while not run.stop_file.exists():
+            while not (told or run.stop_file).exists():
                 time.sleep(0.02)
             if remaining:
                 run.stop_file.unlink()
@@ -262,6 +262,22 @@ def test_stop_cancels_what_has_not_begun(run: RunFolder) -> None:
     said = call("stop", "mine").err
     assert "job 7, 8 had not begun and is cancelled" in said and "nothing to stop" not in said
     assert (Path.cwd() / "bin" / "scancel.calls").read_text() == "7 8\n"
+    assert not run.stop_file.exists()
+
+
+def test_stop_of_pods(run: RunFolder) -> None:
+    """They are deleted: told by a file alone they would end, and be made again."""
+    begin(run, step=6)
+    hold(run)
+    bin_folder, manifests = Path.cwd() / "bin", run.path / "launches" / "first" / "job.yaml"
+    manifests.touch()
+    bin_folder.joinpath("kubectl").write_text(f'#!/bin/sh\necho "$*" >"$0.calls"\ntouch {run.stop_file}.pods\necho job deleted\n')
+    bin_folder.joinpath("kubectl").chmod(0o755)
+    pods = end_when_told(run, told=Path(f"{run.stop_file}.pods"))
+    said = call("stop", "mine").err
+    pods.join(10)
+    assert "job deleted" in said and "stopped: stopped after step 6; step 6 of 10 is committed" in said
+    assert bin_folder.joinpath("kubectl.calls").read_text() == f"delete --ignore-not-found --wait=false -f {manifests}\n"
     assert not run.stop_file.exists()
 
 
