@@ -60,6 +60,7 @@ bench: $(INSTALLED) ## speed and memory of data, reading, training steps and che
 	@$(VENV)/bin/python benchmarks/step.py $(BENCH_ARGS)
 	@$(VENV)/bin/python benchmarks/loss.py $(BENCH_ARGS)
 	@$(VENV)/bin/python benchmarks/checkpoint.py $(BENCH_ARGS)
+	@$(VENV)/bin/python benchmarks/metrics.py $(BENCH_ARGS)
 
 install: $(INSTALLED) ## makes .venv, once for each change of pyproject.toml or constraints.txt
 

@@ -260,9 +260,8 @@ def measure_watching(name: str, steps: int) -> dict[str, float]:
                 nonlocal state
                 verdicts.add(loss)
                 state = state.advance(case.micro_batch, case.micro_batch * case.length, True)
-                verdicts.send(state.step, num_valid, False)
-                mean_loss, _ = verdicts.read(now=True)
-                journal.step(state, mean_loss, 3e-4, 1.0, 0.0)
+                verdicts.send(state.step, num_valid, False, False, True)
+                journal.step(state, verdicts.read(now=True).loss, 3e-4, 1.0, 0.0)
 
             return time_steps(step, steps)
 

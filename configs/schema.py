@@ -21,6 +21,7 @@ from configs.section import APPLIED, FREE, IN_NEW_DATA, NAME_PATTERN, Fraction, 
 from configs.stall_section import StallSection
 from configs.start_section import StartFrom
 from configs.steps import Steps, plan_steps
+from configs.watch_section import ProfileSection, WatchSection
 
 
 class RunSection(Section):
@@ -323,17 +324,10 @@ class EvaluateSection(Section):
     """Steps between evaluations of the tasks; null: only at the end."""
     tasks_limit: PositiveInt | None = Field(default=None, json_schema_extra=APPLIED)
     """At most this many documents of each task; null: all."""
-
-
-class WatchSection(Section):
-    """What is written down about a run, and where it is shown."""
-
-    log_every_steps: PositiveInt = Field(default=10, json_schema_extra=FREE)
-    """Steps between rows of metrics.jsonl (and of Weights & Biases)."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", json_schema_extra=FREE)
-    """auto: online where an API key is configured, offline elsewhere. Never a prompt."""
-    wandb_project: str = Field(default="pretrain", json_schema_extra=FREE)
-    wandb_entity: str | None = Field(default=None, json_schema_extra=FREE)
+    prompts: tuple[str, ...] = Field(default=(), json_schema_extra=FREE)
+    """Beginnings that the model continues at every evaluation (and at the end), so that one can read how it learns: `RUN/samples.jsonl`."""
+    prompt_tokens: PositiveInt = Field(default=64, json_schema_extra=FREE)
+    """At most so many tokens are written behind each prompt."""
 
 
 class RunConfig(Section):
@@ -365,6 +359,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     guard: GuardSection = Field(default=GuardSection(), json_schema_extra=APPLIED)
     watch: WatchSection = WatchSection()
+    profile: ProfileSection = ProfileSection()
     stall: StallSection = Field(default=StallSection(), json_schema_extra=FREE)
     deepspeed: dict[str, Any] = Field(default_factory=dict, json_schema_extra=APPLIED)
     """DeepSpeed's own configuration, word for word; see `deepspeed_keys.py` for the keys that are ours."""

@@ -20,7 +20,7 @@ import typer
 
 from configs.errors import EXIT_DONE, EXIT_MISTAKE, EXIT_RESUMABLE, UserError
 from configs.redaction import read_secret_files, redact_output
-from pretrain.verbs import checkpoints, data, doctor, launch, model, status
+from pretrain.verbs import checkpoints, compare, data, doctor, launch, model, report, status, wandb
 from pretrain.verbs.arguments import AsJson, Overrides, RunArgument, RunFile, find_run, report_problems, say
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """What typer makes of Ctrl-C, and what a shell expects of it."""
-CONTINUING_VERBS = (["train"], ["demo"], ["data", "build"])
+CONTINUING_VERBS = (["train"], ["demo"], ["data", "build"], ["wandb", "sync"])
 """Those that go on where they were stopped; all others begin again."""
 FALL_BACK = "Training falls back to the newest commit that is whole and moves this one aside."
 NOT_A_DEFECT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
@@ -51,6 +51,7 @@ checkpoints_app = typer.Typer(no_args_is_help=True, help="The commits of a run."
 app.add_typer(data.app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoints_app, name="checkpoints")
+app.add_typer(wandb.app, name="wandb")
 
 
 def _show_version(asked: bool) -> None:
@@ -172,6 +173,8 @@ app.command()(launch.launch)
 app.command()(doctor.doctor)
 app.command()(status.status)
 app.command()(status.stop)
+app.command()(compare.compare)
+app.command()(report.report)
 app.command()(model.generate)
 app.command()(model.inspect)
 app.command()(model.evaluate)

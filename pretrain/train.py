@@ -7,11 +7,13 @@ of how this rank ended. Every call of the engine is DeepSpeed's own.
 import os
 import random
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -41,6 +43,7 @@ from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.fill_in_the_middle import open_fill_in_the_middle
 from pretrain.data.objective import open_objective
 from pretrain.engine.finite import spread_not_finite
+from pretrain.engine.gradients import loss_scale, owned_gradients
 from pretrain.engine.optimizer import rate_share, set_learning_rate
 from pretrain.engine.parallel import Layout, initialize_layout
 from pretrain.engine.replicas import CorruptReplicaError, compare_replicas
@@ -57,7 +60,12 @@ from pretrain.run.signals import StopRequest, end_with_parent
 from pretrain.start import begin
 from pretrain.watch.evaluate import HeldOut, evaluate
 from pretrain.watch.journal import Journal
+from pretrain.watch.norms import Norms
+from pretrain.watch.profile import Profile
+from pretrain.watch.samples import Samples
 from pretrain.watch.slow_ranks import Pace
+from pretrain.watch.step_times import StepClock
+from pretrain.watch.timeline import Timeline
 from pretrain.watch.verdicts import Verdicts
 
 
@@ -70,41 +78,56 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
         corpus, order, training, layout.data_rank, layout.data_size, layout.device, state.samples_seen, lambda: open_corpus(config),
         rearrange, objective,
     )  # fmt: skip
-    verdicts, score, pace = Verdicts(layout), open_scoring(config, engine, layout), Pace(layout)
-    arena = Arena(owned_bytes(engine))
+    timeline = Timeline(run.path, attempt, state.step, pulse, lambda: batches.seconds_waited, is_writer=layout.rank == 0)
+    verdicts, score, pace, clock = Verdicts(layout), open_scoring(config, engine, layout), Pace(layout), StepClock(layout.device)
+    norms = Norms(engine.param_names.values(), layout.device)
+    samples = Samples(config, run.path, attempt, start, engine, layout)
+    arena, checkpoint_bytes = Arena(owned_bytes(engine)), int(layout.sum_over_data_ranks(owned_bytes(engine)))
     saves = Saves(places, attempt, lambda: holds_lease(run, attempt))
     if is_new and config.checkpoint.self_test:
         save_and_load(engine, arena, run.checkpoints, attempt)
 
-    with Journal(config, run.path, attempt, state, is_writer=layout.rank == 0) as journal, closing(batches), closing(arena):
+    journal = Journal(config, run.path, attempt, state, layout.rank == 0, layout.device, layout.world_size)
+    with journal, Profile(config.profile, run.path, attempt, layout, journal.say) as profile, closing(batches), closing(arena):
         journal.say(choose_attention(config, layout.device) + announce_compiling(config, layout.device))
         journal.rollbacks(state, [asdict(one) for one in rollbacks])
         guard = Guard(config.guard, config.precision == "fp16", layout.gather(journal.losses(NUM_LOSSES))[0])
-        stopping = not data_is_there(config, batches, layout, stop, journal, pulse)
+        stopping = not data_is_there(config, batches, layout, stop, journal, timeline)
+        timeline.beat("first_step", state.step)
         while state.step < total_steps and not stopping:
+            profile.begin(state.step + 1)
             num_samples = training.steps.batch_at(state.samples_seen)
             num_tokens = num_samples * training.sequence_length
             set_global_batch(engine, num_samples)
             share = rate_share(state.tokens_seen + num_tokens // 2, training, config.schedule)
             set_learning_rate(engine.optimizer, share)
+            clock.enter("data_wait")
             micro_batches = batches.next_step()
+            clock.enter("other")
+            norms_due = due(state.step + 1, config.watch.norms_every_steps)
             num_valid = layout.total_over_data_ranks(sum(batch.num_valid for batch in micro_batches))
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(config.run.seed, state.step, micro_step, layout.data_rank)
-                with pace.forward():
-                    loss = engine(
-                        batch.tokens_BT, batch.labels_BT,
-                        documents_BT=batch.documents_BT, positions_BT=batch.positions_BT, prefix_BT=batch.prefix_BT,
-                    )  # fmt: skip
-                pulse.beat()
+                clock.enter("forward")
+                loss = engine(
+                    batch.tokens_BT, batch.labels_BT,
+                    documents_BT=batch.documents_BT, positions_BT=batch.positions_BT, prefix_BT=batch.prefix_BT,
+                )  # fmt: skip
+                timeline.beat()
+                clock.enter("backward")
                 # The exact mean over the global batch's valid targets. DeepSpeed averages over the data ranks: their number is
                 # multiplied in. Its division by the accumulation is switched off. A step that is not finite is skipped by all ranks.
                 scale = (layout.data_size / num_valid.clamp(min=1.0)).float()
                 engine.backward(loss * spread_not_finite(scale, loss), scale_wrt_gas=False)
+                clock.enter("optimizer")
+                if norms_due and micro_step + 1 == len(micro_batches):
+                    norms.see_gradients(owned_gradients(engine), loss_scale(engine))  # behind the step they are gone
                 engine.step()
+                clock.enter("other")
                 verdicts.add(loss)
             state = state.advance(num_samples, num_tokens, engine.was_step_applied())
             verdicts.send(state.step, num_valid, stop.asked, saves.is_written, engine.was_step_applied())
+            profile.end(state.step)
 
             is_last = state.step == total_steps
             log_due = is_last or due(state.step, config.watch.log_every_steps)
@@ -112,16 +135,21 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
             fast_due = len(places) > 1 and due(state.step, config.checkpoint.fast_every_steps)
             told = verdicts.read(now=log_due or save_due)
             saves.advance(told.step, told.num_written)
-            if slow := pace.after_step(batches.seconds_waited):
-                journal.slow_ranks(state, slow)
+            if spread := pace.after_step(clock.end_step(batches.seconds_waited)):
+                journal.ranks(state, spread)
             if log_due:
-                journal.step(state, told.loss, share * config.optimizer.peak_lr, gradient_norm(engine), batches.seconds_waited)
+                rate, norm = share * config.optimizer.peak_lr, gradient_norm(engine)
+                journal.step(state, told.loss, rate, norm, batches.seconds_waited, loss_scale(engine), clock.means())
+            if norms_due:
+                journal.norms(state, norms.read(owned_weights(engine, layout)))
             if len(corpus.held_out) and (is_last or due(state.step, config.evaluate.every_steps)):
-                journal.held_out(state, evaluate_held_out(engine, corpus, config, objective, layout, pulse, state.step))
+                journal.held_out(state, evaluate_held_out(engine, corpus, config, objective, layout, timeline, state.step))
+            if is_last or due(state.step, config.evaluate.every_steps):
+                samples.write(state, partial(timeline.beat, "evaluate", state.step), journal.say)
             if score is not None and (is_last or due(state.step, config.evaluate.tasks_every_steps)):
-                pulse.beat("score", state.step)
+                timeline.beat("score", state.step)
                 journal.scores(state, score())
-            stopping = told.stop_asked or is_last or not data_is_there(config, batches, layout, stop, journal, pulse)
+            stopping = told.stop_asked or is_last or not data_is_there(config, batches, layout, stop, journal, timeline)
             if save_due or fast_due or stopping:
                 verdicts.read(now=True)  # nothing is committed that was not judged
             compare_due = config.parallel.zero_stage < 3 and due(state.step, config.guard.compare_replicas_every_steps)
@@ -132,15 +160,17 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
                 plan = plan_rollback(spike, config, batches.order.numbers, committed_steps(run.checkpoints, layout), attempt, rollbacks)
                 return Outcome("rollback", str(plan), start.step, state.step, rollback=asdict(plan))
             if save_due or fast_due or stopping:
-                pulse.beat("save", state.step)
+                timeline.beat("save", state.step)
+                began = time.perf_counter()
                 identity = batches.order.identity(state.samples_seen) | {"tokenizer": corpus.tokenizer_sha256}
                 written = StateLayout.of(config, layout.world_size).to_json()
                 about = {"state": state, "loss": guard.finite_loss, "identity": identity, "code": code, "layout": written}
-                place, wait = places[0 if save_due or stopping else 1], stopping or not config.checkpoint.asynchronous
-                for problem in save(saves, place, lambda folder: start_writing(engine, arena, layout, folder), about, wait, stopping):
-                    journal.say(f"WARNING: {problem} Training goes on.")
-            pulse.beat("step", state.step)
-        pulse.beat("end", state.step)
+                is_durable, wait = save_due or stopping, stopping or not config.checkpoint.asynchronous
+                place = places[0 if is_durable else 1]
+                problems = save(saves, place, lambda folder: start_writing(engine, arena, layout, folder), about, wait, stopping)
+                journal.saved(state, time.perf_counter() - began, checkpoint_bytes, is_durable, problems)
+            timeline.beat("step", state.step)
+        timeline.beat("end", state.step)
     if state.step < total_steps:
         message = f"stopped and saved at step {state.step} of {total_steps}; the same command goes on from there."
         return Outcome("stopped", message, start.step, state.step)
@@ -148,14 +178,27 @@ def train(config: RunConfig, run: RunFolder, attempt: int, layout: Layout, stop:
 
 
 def evaluate_held_out(
-    engine: DeepSpeedEngine, corpus: Corpus, config: RunConfig, objective: Objective | None, layout: Layout, pulse: Pulse, step: int
+    engine: DeepSpeedEngine,
+    corpus: Corpus,
+    config: RunConfig,
+    objective: Objective | None,
+    layout: Layout,
+    timeline: Timeline,
+    step: int,
 ) -> HeldOut:
     """The held-out loss of the weights as they are. Collective."""
+    sources, portion = corpus.held_out_sources, config.evaluate.micro_batch_samples
     batches = held_out_batches(
-        corpus.held_out, config.training, config.evaluate.micro_batch_samples, layout.data_rank, layout.data_size, layout.device, objective
-    )
+        corpus.held_out, config.training, portion, layout.data_rank, layout.data_size, layout.device, objective,
+        [source.num_tokens for source in sources],
+    )  # fmt: skip
     num_bytes = None if objective else corpus.held_out_bytes
-    return evaluate(engine, pulse.each("evaluate", step, batches), num_bytes, layout.sum_over_data_ranks)
+    return evaluate(engine, timeline.each("evaluate", step, batches), num_bytes, layout.sum_over_data_ranks, sources)
+
+
+def owned_weights(engine: DeepSpeedEngine, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and elements in fp32 of the weights that this rank holds; what all hold, rank 0 does."""
+    return ((one.parameter, one.of(one.flat)) for one in owned_slices(engine) if layout.rank == 0 or not one.is_whole)
 
 
 def start_writing(engine: DeepSpeedEngine, arena: Arena, layout: Layout, folder: PurePath) -> Callable[[bool], Answer | None]:
@@ -199,7 +242,7 @@ def committed_steps(checkpoints: Path, layout: Layout) -> list[int]:
     return layout.gather([step_of(commit) for commit in list_commits(checkpoints)])[0]
 
 
-def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: StopRequest, journal: Journal, pulse: Pulse) -> bool:
+def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: StopRequest, journal: Journal, timeline: Timeline) -> bool:
     """Wait until every rank can read its part of the next step; False when a stop is asked for meanwhile.
 
     Data waits for training, but where it is still built, or comes from an object store that may be down; then this is a collective,
@@ -209,7 +252,7 @@ def data_is_there(config: RunConfig, batches: Batches, layout: Layout, stop: Sto
     while config.data.train_while_building or config.data.is_remote:
         ready, asked = batches.is_ready(timeout_seconds=1.0), stop.asked
         if ready or batches.awaited_source or config.data.is_remote:
-            pulse.wait()
+            timeline.wait()
         if layout.sum_over_data_ranks(asked):
             return False
         if layout.sum_over_data_ranks(ready) == layout.data_size:

@@ -39,7 +39,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pretrain.data": ("configs", "pretrain.state", *CONTRACT),
     "pretrain.engine": ("configs", "pretrain.state", "pretrain.model", *CONTRACT),
     "pretrain.checkpoint": ("configs", "pretrain.state", "pretrain.engine", "pretrain.data", "pretrain.run.signals", *CONTRACT),
-    "pretrain.watch": ("configs", "pretrain.state", "pretrain.engine", "pretrain.data", *CONTRACT),
+    "pretrain.watch": (
+        *("configs", "pretrain.state", "pretrain.page", "pretrain.engine", "pretrain.data", "pretrain.run.heartbeat"),
+        *("pretrain.model.operations", "pretrain.model.decoder", "pretrain.model.generate", *CONTRACT),
+    ),
     "pretrain.run": ("configs", "pretrain.state"),
     # The two pages that bring the wings together: one learns, one writes text.
     "pretrain.train": ("configs", "pretrain.state", "pretrain.start", "pretrain.evaluate_tasks", *WINGS, *CONTRACT),
@@ -57,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pretrain.build": PACKAGES,
     "pretrain.data_view": PACKAGES,
     "pretrain.mixture_view": PACKAGES,
+    "pretrain.report_view": PACKAGES,
     "pretrain.checkpoint_view": PACKAGES,
     "pretrain.checkpoint_matrix": PACKAGES,
     "pretrain.inspect_view": PACKAGES,
@@ -69,12 +73,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": ("data_pipeline", "launch.ray_job", "launch.ray_train"),
     "wandb": ("pretrain.watch",),
+    "wandb_workspaces": ("pretrain.watch.dashboard",),
     "deepspeed": ("pretrain.engine", "pretrain.checkpoint", "pretrain.start", "pretrain.train"),
+    "jinja2": ("pretrain.watch",),
     "torch": ("pretrain", "launch.preflight"),
 }
 
 # What the command may not load before a verb is called: `pretrain --help` answers at once.
-HEAVY = ("torch", "ray", "deepspeed", "wandb", "datasets", "pyarrow")
+HEAVY = ("torch", "ray", "deepspeed", "wandb", "wandb_workspaces", "datasets", "pyarrow")
 
 FORBIDDEN_NAMES = {"util", "utils", "common", "helper", "helpers", "manager", "managers", "misc"}
 

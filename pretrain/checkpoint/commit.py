@@ -38,6 +38,7 @@ from pretrain.checkpoint.store import (
     unfinished,
 )
 from pretrain.checkpoint.verify import Commit, commit_folder_of, commit_name, list_commits, read_commit, write_manifest
+from pretrain.checkpoint.wandb_id import read_wandb_id, restore_wandb_id
 
 TAKEN_OVER = "no longer holds"
 FAILURES_IN_A_ROW = 3
@@ -112,7 +113,7 @@ class Saves:
         if self._place.has_name_from(distributed.get_rank()):
             problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(gathered) if problem is not None]
             files = {name: known for mine, _ in gathered for name, known in mine.items()}
-            commit = replace(self._commit, files=files, time=int(time.time()))
+            commit = replace(self._commit, files=files, time=int(time.time()), wandb_id=read_wandb_id(self._place.checkpoints.parent))
             self._committing = self._thread.submit(self._finish, self._place, commit, problems)
 
     def _finish(self, place: Place, commit: Commit, problems: list[str]) -> str | None:
@@ -186,6 +187,8 @@ def newest_that_loads(places: Sequence[Place], load: Callable[[Commit], None], s
         distributed.all_gather_object(gathered, problem)
         problems = sorted({problem for problem in gathered if problem is not None})
         if commit is not None and not problems:
+            if rank == 0:
+                restore_wandb_id(places[0].checkpoints.parent, commit.wandb_id)
             return commit
         if place.has_name_from(distributed.get_rank()) and is_commit(folder):
             moved = reject_commit(folder, place.checkpoints)

@@ -41,6 +41,8 @@ class Commit:
     """When it was committed, in seconds since 1970, by rank 0's clock."""
     layout: dict[str, Any] = field(default_factory=dict)
     """Stage, precision, optimizer and micro-batch that it was written under (`layouts.py`); empty where it does not say."""
+    wandb_id: str | None = None
+    """Under which id Weights & Biases shows its run; None where it does not say."""
 
     @property
     def files_folder(self) -> PurePath:
@@ -95,7 +97,12 @@ def read_commit(folder: PurePath) -> Commit:
         known = (content[key] for key in ("files", "identity", "code", "world_size", "attempt"))
         if not type(content["world_size"]) is type(content["attempt"]) is type(content["time"]) is int:
             raise ValueError("world_size, attempt and time are whole numbers")
-        facts = {"loss": float.fromhex(content["loss"]), "time": content["time"], "layout": content["layout"]}
+        facts = {
+            "loss": float.fromhex(content["loss"]),
+            "time": content["time"],
+            "layout": content["layout"],
+            "wandb_id": content.get("wandb_id"),
+        }
         return Commit(folder, TrainState.from_json(content["state"]), *known, **facts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{path}: is not as it is written ({type(error).__name__}: {error})") from None
@@ -119,6 +126,7 @@ def write_manifest(commit: Commit) -> None:
         "time": commit.time,
         "layout": commit.layout,
         "files": commit.files,
+        **({"wandb_id": commit.wandb_id} if commit.wandb_id is not None else {}),
     }
     write_file(commit.folder / MANIFEST, json.dumps(content | {"manifest_sha256": seal_of(content)}, indent=1).encode())
 

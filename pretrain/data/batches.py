@@ -16,12 +16,12 @@ Shapes: B sequences, T tokens of one.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -60,12 +60,14 @@ class MicroBatch:
     """Where each place stands in its document; None: positions count from the row's beginning."""
     prefix_BT: torch.Tensor | None = None
     """Places (True) that see each other in both directions within their document; None: every place sees only what is before it."""
+    source: int = 0
+    """Of held-out text: which source all of its targets are of."""
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         """With every tensor changed: to a device, to pinned memory."""
         given = (self.documents_BT, self.positions_BT, self.prefix_BT)
         changed = (None if tensor is None else change(tensor) for tensor in given)
-        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.num_valid, *changed)
+        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.num_valid, *changed, source=self.source)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On a device; from pinned memory the copy runs beside the computation."""
@@ -256,6 +258,7 @@ def held_out_batches(
     data_size: int,
     device: torch.device,
     objective: Objective | None = None,
+    source_tokens: Sequence[int] | None = None,
 ) -> Iterator[MicroBatch]:
     """Every token of the held-out stream exactly once as a target, over all data ranks.
 
@@ -263,26 +266,60 @@ def held_out_batches(
     yields the same number of micro-batches (whole batches of padding where it has no window left): under ZeRO-3
     a forward is a collective.
 
+    source_tokens: how many of the stream's tokens are of each source, one behind the other; None: there is one. All targets of a
+    micro-batch are of one source. A window in which one source ends and the next begins is there once for each, with the same tokens
+    and the other's targets ignored; windows lie as if there were one source, so what is found of all of them together is the same.
+
     With an `objective`, windows hold whole documents, as far as these fit, so that a continuation stands behind what it continues,
     and every token is in one window, whether it is a target or not. Documents are never rearranged.
     """
     length, end_of_text = training.sequence_length, stream.files.end_of_text
-    window_starts = range(0, len(stream), length) if objective is None else _start_at_documents(stream, length)
-    portion = micro_batch_samples * data_size
+    window_starts = list(range(0, len(stream), length)) if objective is None else _start_at_documents(stream, length)
+    windows = list(pairwise([*window_starts, len(stream)]))
+    portions = _portions_by_source(windows, source_tokens or [len(stream)], micro_batch_samples)
     pool = Pool()
-    for first in range(0, len(window_starts), portion):
+    for first in range(0, len(portions), data_size):
+        here = portions[first + data_rank] if first + data_rank < len(portions) else _Portion(0, [], 0, 0)
         inputs_BT = np.full((micro_batch_samples, length), end_of_text, dtype=np.int32)
         labels_BT = np.full((micro_batch_samples, length), IGNORED_LABEL, dtype=np.int32)
-        here = first + data_rank * micro_batch_samples
-        starts, ends = (window_starts[here + behind : here + behind + micro_batch_samples] for behind in (0, 1))
-        sizes = [end - start for start, end in zip(starts, [*ends, len(stream)], strict=False)]
+        is_own_BT = np.ones((micro_batch_samples, length), dtype=bool)
+        starts, sizes = [start for start, _ in here.windows], [end - start for start, end in here.windows]
         stream.files.announce(*stream.locate(np.array(starts, np.int64)), np.array(sizes, np.int64))
         for row, (start, num_tokens) in enumerate(zip(starts, sizes, strict=True)):
             tokens = stream.read(start, num_tokens)
             inputs_BT[row, :num_tokens], labels_BT[row, :num_tokens] = tokens[:-1], tokens[1:]
+            places = np.arange(start, start + num_tokens)
+            is_own_BT[row, :num_tokens] = (places >= here.first_token) & (places < here.end_token)
         rows = Rows(inputs_BT, labels_BT, inputs_BT == end_of_text)
-        batch = make_batch(rows, sum(sizes), length, training, pool)
-        yield (batch if objective is None else objective(batch)).to(device)
+        batch = replace(make_batch(rows, sum(sizes), length, training, pool), source=here.source)
+        batch = batch if objective is None else objective(batch)
+        yield (batch if is_own_BT.all() else _ignore_others(batch, torch.from_numpy(is_own_BT))).to(device)
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """A micro-batch of held-out windows."""
+
+    source: int
+    windows: Sequence[tuple[int, int]]
+    """First token and end of each, in the stream."""
+    first_token: int
+    end_token: int
+    """Of its source, in the stream."""
+
+
+def _portions_by_source(windows: Sequence[tuple[int, int]], source_tokens: Sequence[int], micro_batch_samples: int) -> list[_Portion]:
+    portions: list[_Portion] = []
+    for source, (first, end) in enumerate(pairwise(accumulate(source_tokens, initial=0))):
+        mine = [window for window in windows if window[0] < end and first < window[1]]
+        for start in range(0, len(mine), micro_batch_samples):
+            portions.append(_Portion(source, mine[start : start + micro_batch_samples], first, end))
+    return portions
+
+
+def _ignore_others(batch: MicroBatch, is_own_BT: torch.Tensor) -> MicroBatch:
+    labels_BT = batch.labels_BT.masked_fill(~is_own_BT, IGNORED_LABEL)
+    return replace(batch, labels_BT=labels_BT, num_valid=int((labels_BT != IGNORED_LABEL).sum()))
 
 
 def _start_at_documents(stream: TokenStream, length: int) -> list[int]:

@@ -26,6 +26,16 @@ from pretrain.data.tokens import TokenFiles, TokenStream
 
 
 @dataclass(frozen=True)
+class HeldOutSource:
+    """What of the held-out text is of one source."""
+
+    name: str
+    num_tokens: int
+    num_bytes: int
+    """Of its text, in UTF-8."""
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Tokens of both splits, mapped into memory when they are read."""
 
@@ -39,6 +49,8 @@ class Corpus:
     tokenizer_sha256: str
     packs: tuple[PackedSource, ...] | None = None
     """By source, what its samples are made of; None where its tokens are chopped."""
+    held_out_sources: tuple[HeldOutSource, ...] = ()
+    """Those that have held-out text, as they stand one behind the other in it."""
 
     @property
     def has_begun(self) -> bool:
@@ -108,7 +120,12 @@ def open_corpus(config: RunConfig) -> Corpus:
         described.end_of_text_id,
         described.tokenizer_sha256,
         tuple(packs) or None,
+        tuple(_count_held_out(name, source.held_out) for name, source in found.items() if source.held_out),
     )
+
+
+def _count_held_out(name: str, shards: Sequence[ShardRecord]) -> HeldOutSource:
+    return HeldOutSource(name, sum(shard.num_tokens for shard in shards), sum(shard.num_bytes for shard in shards))
 
 
 def _open_tokens(

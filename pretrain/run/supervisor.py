@@ -126,7 +126,8 @@ def _attempt(
     """One attempt, with the folder's lease in hand, recorded."""
     existed = folder.prepare(config, newest_step(folder.checkpoints))
     of_launch = {"launch": launch, "from_commit": newest_step(folder.checkpoints)} if launch is not None else {}
-    with Lease(folder, **of_launch) as lease:
+    began = _unix_seconds()
+    with Lease(folder, began=began, **of_launch) as lease:
         if existed and is_committed(folder.checkpoints, config.training.total_steps):
             message = f"{folder.path} is done: all {config.training.total_steps} steps are committed. Nothing was changed."
             return Verdict(EXIT_DONE, message, is_fault=False)
@@ -155,7 +156,9 @@ def _attempt(
                 "host": os.uname().nodename,
                 "pid": os.getpid(),
                 "started": lease.started,
+                "began": began,
                 "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "ended": _unix_seconds(),
                 "status": verdict.status,
                 "cause": _cause(verdict.message),
                 "first_step": first_step,
@@ -183,6 +186,10 @@ def attempts_in_vain(folder: RunFolder, launch: str | None, newest: int) -> int:
             break
         count += 1
     return count
+
+
+def _unix_seconds() -> float:
+    return round(datetime.now(timezone.utc).timestamp(), 3)
 
 
 def _cause(message: str) -> str:

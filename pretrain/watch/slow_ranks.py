@@ -1,20 +1,16 @@
 """Which ranks are slower than the others, and on which node: all ranks of a training wait for the slowest.
 
-In: from the loop, each forward pass, and the seconds that were waited for data. Out: once in `WINDOW` steps, the ranks whose own work took
-more than `SLOWER` times the median of all. A rank's own work is what it does before it waits for others: its data and its forward passes.
-A rank is named that was as slow in nine of ten steps of a window, so that hiccups name nobody.
+In: the steps that have passed, with their parts' times (`step_times.py`). Out: once in `WINDOW` steps, how far the ranks' own work lies
+apart, and the ranks whose own work took more than `SLOWER` times the median of all. A rank's own work is what it does before it waits for
+others: its data and its forward passes. A rank is named that was as slow in nine of ten steps of a window, so that hiccups name nobody.
 
-On a GPU forwards are timed by events on its stream, read when they have passed: nothing is waited for. What this cannot see: a rank whose
-backward pass or optimizer alone is slow; and at stage 3 a forward gathers weights, so it contains waiting for others too: there only a rank
-that waits for its data stands out.
+What this cannot see: a rank whose backward pass or optimizer alone is slow; and at stage 3 a forward gathers weights, so it contains
+waiting for others too: there only a rank that waits for its data stands out.
 """
 
 import socket
 import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +18,7 @@ import torch
 import torch.distributed as distributed
 
 from pretrain.engine.parallel import Layout
+from pretrain.watch.step_times import TimedStep
 
 SLOWER, WINDOW = 1.2, 50
 """Times the median; steps."""
@@ -40,6 +37,25 @@ class SlowRank(NamedTuple):
     """Of its own work in a step."""
 
 
+class Spread(NamedTuple):
+    """How far the ranks lie apart in a window."""
+
+    slowest: SlowRank
+    """The one whose median step took longest, however little that is."""
+    median_seconds: float
+    """Of the ranks' own work in a step."""
+    slow: list[SlowRank]
+    """Those that the others wait for, the slowest first."""
+
+
+def compare_ranks(least: Sequence[float], middle: Sequence[float], nodes: Sequence[str]) -> Spread:
+    """How far the ranks lie apart. Arguments as in `find_slow`."""
+    median = statistics.median_low(middle)
+    rank = max(range(len(middle)), key=middle.__getitem__)
+    slowest = SlowRank(rank, nodes[rank], middle[rank] / median if median else 1.0, middle[rank])
+    return Spread(slowest, median, find_slow(least, middle, nodes))
+
+
 def find_slow(least: Sequence[float], middle: Sequence[float], nodes: Sequence[str]) -> list[SlowRank]:
     """Ranks above `SLOWER` times the median, the slowest first.
 
@@ -55,50 +71,29 @@ def find_slow(least: Sequence[float], middle: Sequence[float], nodes: Sequence[s
 
 
 class Pace:
-    """Measures this rank's own work and compares it with that of the others."""
+    """Compares this rank's own work with that of the others."""
 
     def __init__(self, layout: Layout) -> None:
         """Collective."""
         self._layout, self._nodes = layout, layout.gather(socket.gethostname())
         self._steps = 0
-        self._waited_before = 0.0
-        self._forwards: list[Callable[[], float | None]] = []
-        self._unfinished: deque[tuple[float, list[Callable[[], float | None]]]] = deque()
         self._own: list[float] = []
         self._sent: _Sent | None = None
 
-    @contextmanager
-    def forward(self) -> Generator[None, None, None]:
-        """Around a forward pass."""
-        if self._layout.device.type == "cuda":
-            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            began.record()
-            yield
-            ended.record()
-            self._forwards.append(lambda: began.elapsed_time(ended) / 1000 if ended.query() else None)
-        else:
-            start = time.perf_counter()
-            yield
-            seconds = time.perf_counter() - start
-            self._forwards.append(lambda: seconds)
+    def after_step(self, passed: Sequence[TimedStep]) -> Spread | None:
+        """End a step; every `WINDOW` steps all ranks exchange two numbers each. passed: the steps that are known since the last call.
 
-    def after_step(self, seconds_waited: float) -> list[SlowRank]:
-        """End a step; every `WINDOW` steps all ranks exchange two numbers each. seconds_waited: for data, since the start.
-
-        Returns who was slow in a window, once, some steps behind its end.
+        Returns how a window was, once, some steps behind its end.
         """
-        self._unfinished.append((seconds_waited - self._waited_before, self._forwards))
-        self._waited_before, self._forwards = seconds_waited, []
-        while self._unfinished and (times := [ask() for ask in self._unfinished[0][1]]).count(None) == 0:
-            self._own.append(self._unfinished.popleft()[0] + sum(filter(None, times)))
+        self._own += [step.waited + step.seconds["forward"] for step in passed]
         self._steps += 1
-        found: list[SlowRank] = []
+        spread: Spread | None = None
         if self._sent is not None and self._sent.is_there():
             least, middle = self._sent.seconds.tolist()
-            found, self._sent = find_slow(least, middle, self._nodes), None
+            spread, self._sent = compare_ranks(least, middle, self._nodes), None
         if self._steps % WINDOW == 0:
             self._sent, self._own = self._send(sorted(self._own) or [0.0]), []
-        return found
+        return spread
 
     def _send(self, ascending: Sequence[float]) -> "_Sent":
         """Exchange what each rank's steps took, without waiting for it."""

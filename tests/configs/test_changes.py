@@ -15,7 +15,8 @@ FREE = {
     *("data.tokenizer.engine", "data.tokenizer.checked_fraction"),
     *("mixture.max_epochs", "performance.compile_cache"),
     *(key for key in LEAVES if key.startswith(("checkpoint.", "stall.")) and key != "checkpoint.store"),
-    *("watch.log_every_steps", "watch.wandb", "watch.wandb_project", "watch.wandb_entity"),
+    *(key for key in LEAVES if key.startswith(("watch.", "profile."))),
+    *("evaluate.prompts", "evaluate.prompt_tokens"),
 }
 IN_NEW_DATA = {
     *(f"data.{key}" for key in ("sources", "clean", "deduplicate", "held_out_fraction", "work_unit_bytes", "shard_tokens")),

@@ -39,9 +39,10 @@ from pretrain.cli import main
 main()
 """
 """The command, which does not wait before the next attempt, nor a minute for the sign of life of another host."""
-TIMES = ("tokens_per_second", "data_wait_share", "attempt")
-"""What differs in the rows of equal runs."""
-OF_TIMES = ("slow_ranks/", "rollback/")
+TIMES = ("time", "tokens_per_second", "data_wait_share", "step_seconds", "seconds/", "mfu/", "memory/", "attempt")
+"""What differs in the rows of equal runs, by how it begins."""
+OF_TIMES = ("ranks/", "slow_ranks/", "rollback/", "checkpoint/")
+"""Rows that do; a save may be committed and its row not yet written."""
 
 
 @dataclass
@@ -168,7 +169,7 @@ def learnt(run: Path) -> Learnt:
     """What a run has learnt so far, from what."""
     rows = [row for row in read_rows(run / METRICS_FILE) if not any(key.startswith(OF_TIMES) for key in row)]
     newest = list_commits(run / "checkpoints")[0]
-    plain = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    plain = [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
     return Learnt(newest.name, state_hash(read_commit(newest)), plain, read_ledger(run))
 
 

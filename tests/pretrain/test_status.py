@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,8 +20,10 @@ from configs.loader import dump_config, load_config
 from pretrain.checkpoint.verify import Commit, commit_name, write_manifest
 from pretrain.run.folder import RunFolder
 from pretrain.state import TrainState
+from pretrain.verbs import standing
 from pretrain.verbs import status as verbs
 from tests.pretrain.verbs import call
+from tests.pretrain.watch.terminal import open_terminal
 
 TOTAL_STEPS = 10
 
@@ -31,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(verbs, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(verbs, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(standing, "BEAT_SECONDS", 0.3)
     (tmp_path / "bin").mkdir()
     (tmp_path / "mine.yaml").write_text("training: {sequence_length: 32, global_batch_samples: 8, total_tokens: 2560}\n")
     config = load_config(tmp_path / "mine.yaml")
@@ -99,18 +102,153 @@ def test_launched_and_not_begun(run: RunFolder) -> None:
 def test_running(run: RunFolder) -> None:
     begin(run, step=6, committed=4)
     hold(run)
-    assert row_of(run) == {
+    row = row_of(run)
+    assert time.time() - row.pop("committed_seconds_ago") == pytest.approx(1_700_000_000, abs=60)
+    assert row == {
         "run": str(run.path),
         "state": "running",
+        "phase": None,
         "why": None,
+        "stalled_seconds": None,
         "step": 6,
         "total_steps": TOTAL_STEPS,
-        "loss": 3.4,
         "tokens": 1536,
+        "total_tokens": 2560,
+        "loss": 3.4,
+        "tokens_per_second": None,
+        "seconds_left": None,
         "committed": 4,
         "attempts": 1,
+        "goodput": None,
         "jobs": [],
     }
+
+
+def log(run: RunFolder, *rows: dict[str, Any]) -> None:
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def in_phase(run: RunFolder, phase: str, silent_seconds: float = 0.0, attempt: int = 1, step: int = 7) -> None:
+    """Let the newest row of the timeline be so old, by the clock of the file system."""
+    path, now = run.path / "timeline.jsonl", time.time()
+    rows = [{"attempt": attempt, "time": now - 500, "phase": "start", "step": 0, "waited": 0.0}]
+    rows += [{"attempt": attempt, "time": now - silent_seconds, "phase": phase, "step": step, "waited": 1.0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"attempt": 1, "ti')
+    os.utime(path, (now - silent_seconds, now - silent_seconds))
+
+
+def test_how_fast_and_how_long(run: RunFolder) -> None:
+    """Of the last attempt, as the median: a hiccup does not count."""
+    begin(run, step=4)
+    hold(run)
+    rates = [(1, 9e9), (2, 100.0), (2, 1.0), (2, 100.0)]
+    log(run, *({"step": 5, "tokens_seen": 1280, "attempt": attempt, "tokens_per_second": rate} for attempt, rate in rates))
+    row = row_of(run)
+    assert (row["tokens_per_second"], row["seconds_left"]) == (100.0, 12.8)
+    run.lease_file.unlink()
+    run.record_attempt({"attempt": 1, "end": "2026", "status": 1, "cause": "rank 0 failed"})
+    assert row_of(run)["seconds_left"] is None
+
+
+@pytest.mark.parametrize(
+    ("phase", "state", "why"),
+    [
+        ("start", "running", "is starting"),
+        ("first_step", "running", "is in its first step"),
+        ("step", "running", None),
+        ("evaluate", "evaluating", None),
+        ("score", "evaluating", None),
+        ("save", "saving", None),
+        ("end", "running", "is ending"),
+    ],
+)
+def test_what_it_does(run: RunFolder, phase: str, state: str, why: str | None) -> None:
+    begin(run, step=6, committed=4)
+    hold(run)
+    in_phase(run, phase)
+    row = row_of(run)
+    assert (row["state"], row["phase"], row["why"], row["step"], row["attempts"]) == (state, phase, why, 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "silent_seconds", "step_seconds", "is_stalled"),
+    [
+        ("step", 50, 0.1, False),
+        ("step", 70, 0.1, True),
+        ("step", 70, 30, False),
+        ("step", 100, 30, True),
+        ("evaluate", 70, 0.1, True),
+        ("save", 600, 0.1, False),
+        ("save", 2000, 0.1, True),
+        ("first_step", 600, 0.1, False),
+        ("end", 130, 0.1, True),
+    ],
+)
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_stalled(run: RunFolder, phase: str, silent_seconds: float, step_seconds: float, is_stalled: bool, host: str) -> None:
+    begin(run, step=6, committed=4)
+    log(run, {"step": 6, "tokens_seen": 1536, "attempt": 1, "step_seconds": step_seconds})
+    hold(run, **({"host": host} if host == "elsewhere" else {}))
+    in_phase(run, phase, silent_seconds)
+    row = row_of(run)
+    assert (row["state"] == "stalled") == is_stalled
+    assert (row["stalled_seconds"] == pytest.approx(silent_seconds, abs=5)) if is_stalled else row["stalled_seconds"] is None
+    if is_stalled:
+        since = time.mktime(time.strptime(" ".join(row["why"].split()[2:4]), "%Y-%m-%d %H:%M:%S,"))
+        assert since == pytest.approx(time.time() - silent_seconds, abs=5) and phase in row["why"]
+
+
+def test_a_host_whose_clock_is_wrong_is_not_stalled(run: RunFolder) -> None:
+    """What it touches and what it writes is as wrong."""
+    begin(run, step=6)
+    hold(run, host="elsewhere")
+    slurm_says("7|RUNNING|None|n1")
+    for silent, state in ((5, "running"), (300, "stalled")):
+        in_phase(run, "step", 7200 + silent)
+        os.utime(run.lease_file, (time.time() - 7200, time.time() - 7200))
+        assert state_of(run)[0] == state
+
+
+def test_a_timeline_of_the_attempt_before_says_nothing(run: RunFolder) -> None:
+    begin(run, step=6, status=1, cause="rank 0 failed")
+    hold(run, attempt=2)
+    in_phase(run, "save", 5000, attempt=1)
+    assert state_of(run) == ("running", "is starting")
+
+
+def test_preempted_is_not_stopped(run: RunFolder) -> None:
+    """Slurm says which it was."""
+    begin(run, step=6, committed=6, status=75, cause="stopped and saved.", stopped=True)
+    assert state_of(run) == ("stopped", "stopped and saved.")
+    slurm_says("7|PREEMPTED|None|n1")
+    assert state_of(run) == ("preempted", "stopped and saved. job 7 ended: PREEMPTED (None)")
+    slurm_says("7|PREEMPTED|None|n1", "8|CANCELLED|None|")
+    assert state_of(run)[0] == "stopped", "somebody wanted no more of it"
+
+
+def test_goodput(run: RunFolder) -> None:
+    begin(run, step=6, status=0, cause="stopped", started="2026-01-01T00:00:00+00:00")
+    began, row = 1767225600.0, {"attempt": 1, "step": 0, "waited": 0.0}
+    run.attempts_file.write_text(run.attempts_file.read_text().replace('T00:00:00+00:00", "committed', 'T00:01:40+00:00", "committed'))
+    rows = [row | {"time": began + 20, "phase": "step"}, row | {"time": began + 95, "phase": "end", "step": 6}]
+    (run.path / "timeline.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert row_of(run)["goodput"] == pytest.approx(0.75)
+    (run.path / "timeline.jsonl").write_text('{"attempt": 1}\n' * 2)
+    assert row_of(run)["goodput"] is None, "rows that somebody else wrote"
+
+
+def test_one_run_that_cannot_be_read_hides_no_other(run: RunFolder) -> None:
+    begin(run, step=6, committed=6, status=75, cause="stopped")
+    other = run.path.parent / "other"
+    other.mkdir()
+    (other / "run.yaml").write_text("no: such key\n")
+    rows = json.loads(call("status", "--json").out)
+    assert [(Path(row["run"]).name, row["state"]) for row in rows] == [("mine", "stopped"), ("other", "unreadable")]
+    assert "no" in rows[1]["why"] and set(rows[0]) == set(rows[1])
+    assert "unreadable" in call("status").out
+    with pytest.raises(UserError):
+        call("status", "other")
 
 
 def test_done_also_while_a_job_of_the_chain_waits(run: RunFolder) -> None:
@@ -193,17 +331,129 @@ def test_a_lease_of_a_host_whose_clock_is_wrong(run: RunFolder) -> None:
 def test_the_table(run: RunFolder) -> None:
     begin(run, step=6, committed=4, status=1, cause="rank 0 failed\x1b[2J")
     head, row = call("status").out.splitlines()
-    assert head.split() == ["run", "state", "step", "of", "tokens", "loss", "committed", "attempts", "jobs", "why"]
-    assert row.split() == ["mine", "failed", "6", "10", "1,536", "3.4000", "4", "1", "rank", "0", "failed␛[2J"]
+    assert head.split() == ["run", "state", "step", "tokens", "loss", "commit", "tries", "why"]
+    assert re.fullmatch(r"mine  failed     6  1.54k/2.56k  3.400  4 \(\d+ d\)      1  rank 0 failed␛\[2J", row)
     assert call("status", "mine").out == call("status", run.path).out
 
 
-def test_where_there_is_no_run(run: RunFolder) -> None:
-    shutil.rmtree(run.path)
-    assert call("status", "--json").out == "[]\n"
-    assert "holds no run" in call("status").err
-    with pytest.raises(UserError, match="holds no run"):
-        call("status", "other")
+USUAL = {
+    "run": "runs/phrase-book",
+    "state": "evaluating",
+    "step": 41_000,
+    "total_steps": 100_000,
+    "tokens": 12_345_678_901,
+    "total_tokens": 30_000_000_000,
+    "loss": 3.4124,
+    "tokens_per_second": 123_456.7,
+    "seconds_left": 143_000,
+    "committed": 40_000,
+    "committed_seconds_ago": 1234,
+    "attempts": 3,
+    "goodput": 0.974,
+    **dict.fromkeys(("phase", "why", "stalled_seconds")),
+    "jobs": [],
+}
+
+
+def test_the_table_fits_a_hundred_columns() -> None:
+    why = "rank 3 on node-17 ended by signal SIGKILL: " + "out of memory " * 8 + "again"
+    failed = USUAL | {"state": "failed", "why": why, "seconds_left": None}
+    head, row = (line.plain for line in verbs.tabulate([USUAL], 100))
+    assert row == "phrase-book  evaluating  41,000  12.3B/30.0B  3.412   123k  1.7 d  40,000 (21 min)      3     97 %"
+    assert head.split() == [*verbs.COLUMNS[:-1]] and max(len(head), len(row)) <= 100
+    lines = [line.plain for line in verbs.tabulate([USUAL, failed], 100)]
+    assert max(map(len, lines[:3])) <= 100 and lines[3] == f"phrase-book: {failed['why']}", "there is no room beside the others"
+    assert [line.plain for line in verbs.tabulate([USUAL, failed])][2].endswith(failed["why"])
+    for width in range(1, 160):
+        rows = verbs.tabulate([USUAL, failed], width)
+        assert max(line.cell_len for line in rows[:3]) <= width
+    (_, alone) = verbs.tabulate([failed | {"why": "no room", "goodput": None}], 100)
+    assert alone.plain.endswith("3  no room") and len(alone.plain) <= 100
+    assert verbs.tabulate([USUAL | {"state": "stalled", "stalled_seconds": 720}], 100)[1].plain.split()[1:4] == ["stalled", "12", "min"]
+
+
+def test_fifty_runs_are_looked_at_together(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm is asked once, and leases of hosts that are gone are waited for side by side, and once only while runs are watched."""
+    begin(run, step=6, committed=6)
+    hold(run, host="elsewhere")
+    os.utime(run.lease_file, (1e9, 1e9))
+    for number in range(49):
+        shutil.copytree(run.path, run.path.parent / f"run-{number:02}", copy_function=shutil.copy2)
+    slurm_says()
+    asked, waited = list[object](), list[str]()
+    monkeypatch.setattr(standing.queue, "_run", lambda command: asked.append(command) or "")
+    monkeypatch.setattr(standing, "say", waited.append)
+    monkeypatch.setattr(standing, "BEAT_SECONDS", 0.05)
+    folders, memory = verbs.find_all(Path("runs")), standing.Memory()
+    for _ in range(2):
+        rows = standing.describe_all(folders, memory=memory)
+        assert [row["state"] for row in rows] == ["vanished"] * 50
+    assert len(asked) == 2 * 2, "squeue, and sacct for what it has forgotten"
+    assert len(waited) == 50
+
+
+def test_only_the_end_of_a_long_file_is_read(run: RunFolder) -> None:
+    begin(run, step=6)
+    path = run.path / "metrics.jsonl"
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)  # a hole of a terabyte
+    with path.open("a") as file:
+        file.write("\n" + json.dumps({"step": 9, "tokens_seen": 2304, "loss": 1.5}) + "\n")
+    row = row_of(run)
+    assert (row["step"], row["tokens"], row["loss"]) == (9, 2304, 1.5)
+
+
+def test_watching_in_a_terminal(run: RunFolder) -> None:
+    begin(run, step=6, committed=4)
+    with open_terminal("-m", "pretrain.cli", "status", "--watch", folder=run.path.parent.parent, all_streams=True) as seen:
+        assert "mine" in seen.wait_for("q ends this")
+        log(run, {"step": 9, "tokens_seen": 2304, "loss": 1.5})
+        seen.wait_for("2.30k/2.56k")
+        seen.press("q")
+        seen.wait_for_the_end()
+    assert seen.raw.count("\x1b[?1049h") == seen.raw.count("\x1b[?1049l") == 1, "the screen that was there is there again"
+    assert seen.raw.rfind("\x1b[?25l") < seen.raw.rfind("\x1b[?25h"), "the cursor is shown"
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_watching_ends_with_its_terminal(run: RunFolder, is_told: bool) -> None:
+    """Also where no signal says that it is closed: a watch that nobody sees would go on for ever."""
+    begin(run, step=6, committed=4)
+    ignore = "" if is_told else "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    watch = ("-c", f"{ignore}from pretrain.cli import main; main()", "status", "--watch")
+    with open_terminal(*watch, folder=run.path.parent.parent, all_streams=True) as seen:
+        seen.wait_for("q ends this")
+        seen.close()
+        seen.program.wait(60)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Ctrl-C behind the second look; what was waited between looks."""
+    looks: list[float] = []
+
+    def wait(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs.time, "sleep", wait)
+    return looks
+
+
+def test_watching_where_there_is_no_terminal(run: RunFolder, looks: list[float]) -> None:
+    begin(run, step=6, committed=4)
+    done = call("status", "--watch")
+    assert done.status == 0 and looks == [2.0, 2.0] and done.out.count("1.54k/2.56k") == 2
+
+
+def test_watching_as_lines_of_json(run: RunFolder, looks: list[float]) -> None:
+    begin(run, step=6, committed=4)
+    shutil.copytree(run.path, run.path.parent / "other")
+    done = call("status", "--watch", "--json")
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert done.status == 0 and [Path(row["run"]).name for row in rows] == ["mine", "other"] * 2
+    assert all(row["step"] == 6 and abs(row["time"] - time.time()) < 600 for row in rows)
 
 
 def end_when_told(run: RunFolder, restarts: int = 0, told: Path | None = None) -> threading.Thread:
@@ -237,15 +487,15 @@ def test_stop_waits_for_the_end(run: RunFolder, restarts: int) -> None:
 def test_a_run_that_ends_while_it_is_looked_at(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(run, step=6)
     hold(run)
-    last_loss = verbs._last_loss
+    read_tail = standing.read_tail
 
-    def end_first(path: Path) -> dict[str, Any]:
+    def end_first(path: Path) -> list[dict[str, Any]]:
         if run.lease_file.exists():
             end_when_told(run).join(10)
-        return last_loss(path)
+        return read_tail(path)
 
     run.stop_file.touch()
-    monkeypatch.setattr(verbs, "_last_loss", end_first)
+    monkeypatch.setattr(standing, "read_tail", end_first)
     rows = [row_of(run) for _ in range(2)]
     assert [(row["state"], row["committed"]) for row in rows] == [("running", 0), ("stopped", 6)], "an end, and what stood before it"
 

@@ -11,7 +11,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from data_pipeline.manifest import Manifest, load_manifest, write_manifest
 from data_pipeline.tokenizer import tokenizer_hash
-from pretrain.data.corpus import hash_segment, open_corpus
+from pretrain.data.corpus import HeldOutSource, hash_segment, open_corpus
 from tests.tiny import tiny_texts, write_shard, write_tiny_dataset
 
 
@@ -47,6 +47,7 @@ def test_opens_both_splits_and_names_what_they_are(dataset: Path) -> None:
     corpus = open_corpus(config(dataset))
     manifest = load_manifest(dataset)
     assert corpus.held_out_bytes == sum(len(text.encode()) for text in tiny_texts(60, 3)[40:])
+    assert corpus.held_out_sources == (HeldOutSource("sums", len(corpus.held_out), corpus.held_out_bytes),)
     assert corpus.tokenizer_sha256 == tokenizer_hash(dataset / "tokenizer.json")
     assert corpus.end_of_text == manifest.end_of_text_id
     (train,), (source,) = corpus.streams, corpus.sources

@@ -14,6 +14,7 @@ from pretrain.model.decoder import Decoder
 from pretrain.run.folder import RunFolder
 from pretrain.watch.metrics import read_rows
 from pretrain.watch.slow_ranks import WINDOW, Pace
+from pretrain.watch.step_times import StepClock
 from tests.training import StopAfter, hold_lease, this_rank, tiny_config
 
 FORWARD_SECONDS = 0.01
@@ -26,15 +27,16 @@ def walk() -> dict[str, Any]:
 
     def steps(in_forward: Callable[[int], float], for_data: Callable[[int], float]) -> list[Any]:
         """Each forward and each wait for data lasts that much longer on this rank."""
-        pace, waited, found = Pace(layout), 0.0, list[Any]()
+        pace, clock, waited, found = Pace(layout), StepClock(layout.device), 0.0, list[Any]()
         for step in range(1, WINDOW + 3):
             waited += for_data(step)
             for _ in range(2):
-                with pace.forward():
-                    time.sleep(FORWARD_SECONDS / 2 + in_forward(step) / 2)
+                clock.enter("forward")
+                time.sleep(FORWARD_SECONDS / 2 + in_forward(step) / 2)
+                clock.enter("backward")
             distributed.all_reduce(torch.zeros(1))  # as a backward pass does: the faster rank waits here
-            if slow := pace.after_step(waited):
-                found.append((step, slow))
+            if spread := pace.after_step(clock.end_step(waited)):
+                found.append((step, spread.slow, spread.slowest, spread.median_seconds))
         return found
 
     found = [
@@ -64,4 +66,7 @@ def train_slowly(dataset: str, runs: str) -> dict[str, Any]:
 
     Decoder.forward = forward  # type: ignore[method-assign]
     outcome = loop.train(config, run, 1, layout, StopAfter(None))
-    return {"outcome": outcome.kind, "rows": [row for row in read_rows(run.path / "metrics.jsonl") if "slow_ranks/rank" in row]}
+    return {
+        "outcome": outcome.kind,
+        "rows": [row for row in read_rows(run.path / "metrics.jsonl") if "ranks/slowest" in row or "slow_ranks/rank" in row],
+    }

@@ -9,7 +9,8 @@ import torch
 
 from configs.model_section import ModelSection
 from configs.schema import TrainingSection
-from pretrain.data.batches import held_out_batches
+from pretrain.data.batches import IGNORED_LABEL, held_out_batches
+from pretrain.data.corpus import HeldOutSource
 from pretrain.data.tokens import TokenFiles, TokenStream
 from pretrain.model.decoder import Decoder
 from pretrain.model.weights import initialize_weights
@@ -82,6 +83,49 @@ def test_ranks_together_find_what_one_finds_alone(stream: TokenStream, seed: int
         nats, num_tokens = sum(parts[::2]), sum(parts[1::2])
         assert num_tokens == alone.num_tokens
         assert nats / num_tokens == pytest.approx(alone.nats_per_token, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("sizes", [[75], [40, 35], [16, 32, 27], [1, 2, 3, 69], [5] * 15], ids=str)
+def test_sources_apart_are_together_what_one_source_is(stream: TokenStream, seed: int, sizes: list[int], num_ranks: int) -> None:
+    """Sources that end inside of a window, several in one: all tokens in the same windows, each once, in its source."""
+    model = make_model(seed)
+    whole = evaluate(model, held_out_batches(stream, TRAINING, 2, 0, 1, CPU), 300)
+    sources = [HeldOutSource(f"s{number}", size, 4 * size) for number, size in enumerate(sizes)]
+    batches = [list(held_out_batches(stream, TRAINING, 2, rank, num_ranks, CPU, None, sizes)) for rank in range(num_ranks)]
+    assert len({len(of_rank) for of_rank in batches}) == 1, "every rank the same number of forwards"
+    # One pass: no more micro-batches than without sources, but for one that is not full of each source.
+    assert sum(batch.num_valid > 0 for of_rank in batches for batch in of_rank) <= math.ceil(75 / T / 2) + len(sizes)
+    found = evaluate(model, [batch for of_rank in batches for batch in of_rank], 300, sources=sources)
+    assert found.num_tokens == whole.num_tokens == 75
+    assert found.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
+    assert [one.num_tokens for one in found.sources.values()] == sizes
+    nats = [one.nats_per_token * one.num_tokens for one in found.sources.values()]
+    assert sum(nats) == pytest.approx(found.nats_per_token * 75, rel=1e-12)
+    for one, of_one, source in zip(found.sources.values(), nats, sources, strict=True):
+        assert one.bits_per_byte == pytest.approx(of_one / math.log(2) / source.num_bytes, rel=1e-12)
+    # And of each source: what the whole stream's windows lose where their targets are its own.
+    nats_of_place = []
+    with torch.no_grad():
+        for batch in held_out_batches(stream, TRAINING, 1, 0, 1, CPU):
+            for place in range(batch.num_valid):
+                labels_BT = torch.full_like(batch.labels_BT, IGNORED_LABEL)
+                labels_BT[0, place] = batch.labels_BT[0, place]
+                sight = {"documents_BT": batch.documents_BT, "positions_BT": batch.positions_BT}
+                nats_of_place.append(float(model.eval()(batch.tokens_BT, labels_BT, **sight)))
+    first = 0
+    for of_one, size in zip(nats, sizes, strict=True):
+        assert of_one == pytest.approx(sum(nats_of_place[first : first + size]), rel=1e-5)
+        first += size
+
+
+def test_one_source_is_evaluated_to_the_bit_as_without_sources(stream: TokenStream, seed: int) -> None:
+    model = make_model(seed)
+    without = evaluate(model, held_out_batches(stream, TRAINING, 2, 0, 1, CPU), 100)
+    one = evaluate(model, held_out_batches(stream, TRAINING, 2, 0, 1, CPU, None, [75]), 100, sources=[HeldOutSource("web", 75, 100)])
+    assert (one.nats_per_token, one.bits_per_byte, one.num_tokens) == (without.nats_per_token, without.bits_per_byte, without.num_tokens)
+    assert one.sources == {"web": without}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,6 +1,7 @@
 """metrics.jsonl: each step exactly once, however often the run was killed."""
 
 import json
+import random
 import resource
 import signal
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.watch import metrics
-from pretrain.watch.metrics import MetricsLog, Throughput, cut_back, read_rows
+from pretrain.watch.metrics import MetricsLog, Throughput, cut_back, read_rows, read_run
 
 
 def rows(steps: range, attempt: int = 1) -> list[dict[str, Any]]:
@@ -81,6 +82,73 @@ def test_after_kills_every_step_is_there_exactly_once(tmp_path: Path) -> None:
     write(path, rows(range(21, 31), attempt=3))
     assert read_rows(path) == rows(range(1, 11)) + rows(range(11, 21), 2) + rows(range(21, 31), 3)
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_torn_line_of_an_attempt_that_was_killed_is_closed_by_the_next(tmp_path: Path) -> None:
+    """Of files that are not cut back."""
+    path = tmp_path / "timeline.jsonl"
+    write(path, rows(range(1, 3)))
+    with path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    write(path, rows(range(4, 6)))
+    assert read_rows(path) == rows(range(1, 3)) + rows(range(4, 6))
+
+
+@pytest.fixture(params=[50_000, 2], ids=["at once", "in portions"])
+def portions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many steps become columns at once makes no difference."""
+    monkeypatch.setattr(metrics, "PORTION_STEPS", request.param)
+
+
+@pytest.mark.usefixtures("portions")
+def test_a_run_is_a_table_with_a_row_for_each_step(tmp_path: Path) -> None:
+    """Kinds of rows are merged by column; a torn last line is left out; of a step that two attempts wrote the later one's row counts."""
+    told: list[dict[str, Any]] = [
+        {"step": 1, "attempt": 1, "loss": 3, "gradient_norm": None},
+        {"step": 2, "attempt": 1, "loss": 2.5, "gradient_norm": None, "learning_rate": 1e-3},
+        {"step": 2, "attempt": 1, "held_out/nats_per_token": 2.75, "held_out/num_tokens": 99},
+        {"step": 3, "attempt": 1, "loss": 2.25, "only/first": 1},
+        {"step": 3, "attempt": 2, "loss": 2.125},
+        {"step": 3, "attempt": 2, "slow_ranks/node": "node7"},
+        {"step": 4, "attempt": 2, "rollback/samples": [[1, 2]]},
+        {"step": 5, "attempt": 2, "rollback/samples": "none"},
+    ]
+    write(tmp_path / "metrics.jsonl", told)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    table = read_run(tmp_path)
+    assert str(table.schema.field("step").type) == "int64"
+    assert {name: str(table.schema.field(name).type) for name in ("loss", "gradient_norm", "held_out/num_tokens", "slow_ranks/node")} == {
+        "loss": "double",
+        "gradient_norm": "double",
+        "held_out/num_tokens": "int64",
+        "slow_ranks/node": "string",
+    }
+    columns = table.to_pydict()
+    assert columns["step"] == [1, 2, 3, 4, 5]
+    assert columns["attempt"] == [1, 1, 2, 2, 2]
+    assert columns["loss"] == [3.0, 2.5, 2.125, None, None]
+    assert columns["held_out/nats_per_token"] == [None, 2.75, None, None, None]
+    assert columns["slow_ranks/node"] == [None, None, "node7", None, None]
+    assert columns["rollback/samples"] == [None, None, None, "[[1, 2]]", '"none"']
+    assert columns.get("only/first", [None] * 5) == [None] * 5, "a row that was written again is gone as a whole"
+
+
+def test_a_run_without_metrics_is_an_empty_table(tmp_path: Path) -> None:
+    table = read_run(tmp_path)
+    assert (table.num_rows, table.column_names) == (0, ["step"])
+
+
+@pytest.mark.usefixtures("portions")
+def test_steps_of_a_table_ascend_and_are_there_once_whatever_order_they_were_written_in(tmp_path: Path, seed: int) -> None:
+    chosen = random.Random(seed)
+    told = [{"step": chosen.randrange(50), "attempt": 1, chosen.choice("abc"): number} for number in range(300)]
+    write(tmp_path / "metrics.jsonl", told)
+    columns = read_run(tmp_path).to_pydict()
+    assert columns["step"] == sorted({row["step"] for row in told})
+    for name in "abc":
+        last = {row["step"]: row[name] for row in told if name in row}
+        assert columns[name] == [last.get(step) for step in columns["step"]]
 
 
 def test_an_attempt_that_slept_through_its_replacement_adds_nothing(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_all_ranks_hear_the_same(run_on_ranks: Callable[..., list[Any]]) -> None
         "step 4 was applied on 1 of 2 ranks",
     )
     # nats 1 + 2 + 3 + 4 over 5 + 6 + 7 + 8 targets: whichever rank saw them
-    assert ranks[0]["held_out"] == {"nats_per_token": 10 / 26, "bits_per_byte": ranks[0]["bits_per_byte"], "num_tokens": 26}
+    assert ranks[0]["held_out"] == {"nats_per_token": 10 / 26, "bits_per_byte": ranks[0]["bits_per_byte"], "num_tokens": 26, "sources": {}}
 
 
 @pytest.mark.usefixtures("_alone")
