@@ -12,7 +12,7 @@ FROM ${BASE} AS build
 ARG TORCH
 ARG PIP_EXTRA_INDEX_URL
 # All that constraints.txt pins, but for what only development needs. `remote` (S3, GCS) may be added.
-ARG EXTRAS=filters,language,web,eval,ray-jobs
+ARG EXTRAS=filters,language,web,eval,ray-jobs,dashboard
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/pretrain/bin:${PATH}
 # Some pinned packages come as sources.
 # hadolint ignore=DL3008

@@ -136,6 +136,8 @@ SECTIONS: dict[str, Any] = {
     "data.deduplicate": {"exact": False},
     "mixture.stages": ({}, {"from_tokens": 524_288_000, "weights": {"one": 1.0}}),
     "data.packed_lengths": (2048,),
+    "profile.steps": (7, 8),
+    "profile.ranks": (1,),
     "training.batch_ramp": ({"until_tokens": 524_288, "global_batch_samples": 64},),
 }
 

@@ -4,8 +4,9 @@
 
 kills-N: SIGKILL of a random rank, the supervisor or all processes at random instants, at ZeRO stage N. stops: a polite signal to one or
 all. loops: a rank that falls at the same step again and again. zombies: an attempt that slept through its own replacement, and two
-commands on one folder. frequent: a fault every 60 steps. Out: for each kind a line (or an object of JSON) with how many were tried, how
-many went as promised, and the seed; each finished case is a line of FILE at once. Exit status 1 if anything did not go as promised.
+commands on one folder. frequent: a fault every 60 steps. watched: what is written down of a run that is killed 20 times. Out: for each
+kind a line (or an object of JSON) with how many were tried, how many went as promised, and the seed; each finished case is a line of FILE
+at once. Exit status 1 if anything did not go as promised.
 """
 
 import random
@@ -37,11 +38,13 @@ from tests.faults.trainings import (
     training,
     wait_until,
 )
+from tests.faults.watched_runs import check_watched
 
 STEPS, SAVE_EVERY = 300, 5
 """Of a run that is killed; as `settings_of` has it."""
 GONE_SECONDS, GRACE_SECONDS, DECISION_SECONDS = 30, 30, 5
 MOST_STARTS = 30
+WATCHED_KILLS = 20
 KILLS_PER_CASE, FREQUENT_STEPS, STEPS_BETWEEN_FAULTS = 5, 2000, 60
 POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -195,6 +198,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         *(Kind(f"kills-{stage}", 40, KILLS_PER_CASE, prepare, partial(check_kills, stage, KILLS_PER_CASE, STEPS)) for stage in (1, 2, 3)),
+        Kind("watched", 1, WATCHED_KILLS, prepare, partial(check_watched, WATCHED_KILLS, 200)),
         Kind("stops", 100, 1, prepare, partial(check_stop, 150)),
         Kind("loops", 6, 1, prepare, check_loop),
         Kind("zombies", 6, 1, prepare, check_zombie),

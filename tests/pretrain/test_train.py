@@ -51,6 +51,7 @@ def test_ten_steps_are_five_and_a_resume_and_five(run_on_ranks: Callable[..., li
     assert [step for step, _ in whole["zero-3"]["scores"]] == [10], "only at the end"
 
 
+@pytest.mark.long
 def test_compiled_layers_are_one_graph_without_breaks_at_every_stage(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     """DeepSpeed's hooks, by which stage 3 gathers weights, stay outside of what is compiled; recomputation is inside."""
     dataset = tmp_path / "data"
@@ -67,6 +68,7 @@ def test_compiled_layers_are_one_graph_without_breaks_at_every_stage(run_on_rank
             assert case["compiled"][-1] < case["compiled"][0], name
 
 
+@pytest.mark.long
 def test_the_loss_is_exact_over_the_global_batch_with_unequal_masks(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     """Two ranks, two micro-steps, all with other numbers of valid targets, one with none: loss, gradient norm and updated
     weights are those of one device that sees the whole batch at once."""

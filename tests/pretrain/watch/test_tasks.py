@@ -227,6 +227,7 @@ def test_ranks_find_together_what_one_finds_alone(
         assert [score.value for score in scores] == pytest.approx([score.value for score in alone], rel=1e-5)
 
 
+@pytest.mark.long
 def test_engines_of_two_ranks_find_what_a_decoder_finds(
     tmp_path: Path, tokenizer: Tokenizer, seed: int, run_on_ranks: Callable[..., list[Any]]
 ) -> None:
