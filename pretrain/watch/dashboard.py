@@ -116,7 +116,10 @@ def save_workspace(entity: str | None, project: str) -> str:
     """Make the dashboard in W&B; returns its address. Raises UserError where W&B cannot be asked."""
     import wandb
 
+    from pretrain.watch.wandb_run import set_up
+
     try:
+        set_up(wandb.Settings(silent=True))
         entity = entity or wandb.Api(timeout=30).default_entity
         workspace = build_workspace(entity or "", project)
         return workspace.save().url

@@ -20,7 +20,7 @@ from configs.redaction import redact
 from configs.schema import RunConfig
 from pretrain.watch.artifacts import log_checkpoints, log_description
 from pretrain.watch.metrics import METRICS_FILE, read_rows
-from pretrain.watch.wandb_run import has_api_key, open_run, run_id, without_secrets
+from pretrain.watch.wandb_run import has_api_key, open_run, run_id, set_up, without_secrets
 
 PAGE_STEPS = 1000
 REQUEST_SECONDS = 60.0
@@ -62,7 +62,7 @@ def sync_online(config: RunConfig, folder: Path, say: Callable[[str], None]) -> 
     if not has_api_key():
         raise UserError(f"no API key for {server} is configured: `wandb login`, or set WANDB_API_KEY, or write --offline for later.")
     rows = read_rows(folder / METRICS_FILE)
-    wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=ASK_AGAIN, x_graphql_timeout_seconds=ASK_SECONDS))  # a person waits
+    set_up(wandb.Settings(silent=True, x_graphql_retry_max=ASK_AGAIN, x_graphql_timeout_seconds=ASK_SECONDS))  # a person waits
     try:
         history = list(read_history(config, folder))
         missing = missing_rows(rows, history)

@@ -93,7 +93,7 @@ def open_run(
     elif mode == "online":
         identity |= {"resume": "allow"}
     try:
-        wandb.setup(settings)
+        set_up(settings)
         run = wandb.init(
             project=config.watch.wandb_project,
             entity=config.watch.wandb_entity,
@@ -113,6 +113,13 @@ def open_run(
     run.define_metric("tokens_seen")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def set_up(settings: wandb.Settings) -> None:
+    """Start the client's service. One that an outer program began (it tells its children by a variable) is left alone: it outlives a rank
+    that is killed, and goes on holding the run's id."""
+    os.environ.pop("WANDB_SERVICE", None)
+    wandb.setup(settings)
 
 
 def read_segments(folder: Path) -> list[dict[str, Any]]:

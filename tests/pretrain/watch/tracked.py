@@ -34,12 +34,13 @@ def write_run(folder: Path, total_steps: int, **watch: Any) -> Path:
 
 
 def environment_for(server: Server | None, **more: str) -> dict[str, str]:
-    """Online at a server of ours, or offline."""
+    """Online at a server of ours, or offline; below a program that has a W&B service of its own, which is no more."""
     dropped = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     where = {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY} if server is not None else {"WANDB_MODE": "offline"}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**kept, **where, "WANDB_ERROR_REPORTING": "false", "PYTHONPATH": path, **more}
+    outer = {"WANDB_SERVICE": "3-1-unix-/no/such/service"}
+    return {**kept, **where, **outer, "WANDB_ERROR_REPORTING": "false", "PYTHONPATH": path, **more}
 
 
 @contextmanager
