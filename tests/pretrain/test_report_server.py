@@ -17,7 +17,7 @@ import pytest
 
 from configs.errors import UserError
 from pretrain.report_server import PageServer, open_server
-from tests.pretrain.verbs import call
+from tests.pretrain.verbs import call, hear_ctrl_c
 from tests.pretrain.watch.run_folders import write_run_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -154,7 +154,7 @@ def test_the_verb_serves_until_ctrl_c(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path / "run", num_steps=60, only=("loss",))
     command = [sys.executable, "-m", "pretrain.cli", "report", str(folder), "--serve"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
     timer = threading.Timer(SECONDS, process.kill)
     timer.start()
     try:

@@ -1,5 +1,6 @@
 """For tests of the verbs: a way to call one, and for those of `data` a run file and a rule."""
 
+import signal
 from collections.abc import Callable
 
 from typer.testing import CliRunner
@@ -41,3 +42,8 @@ def call(*arguments: object) -> Result:
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return Result(done.exit_code, done.stdout, done.stderr)
+
+
+def hear_ctrl_c() -> None:
+    """In a child, before its program: a suite that a shell started with `&` has it ignored, and the command keeps to that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

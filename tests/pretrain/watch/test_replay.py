@@ -17,7 +17,7 @@ from configs.errors import UserError
 from pretrain.watch.metrics import METRICS_FILE
 from pretrain.watch.replay import missing_rows, read_offline
 from pretrain.watch.wandb_run import newest_rows
-from tests.pretrain.verbs import call
+from tests.pretrain.verbs import call, hear_ctrl_c
 from tests.pretrain.watch.tracked import ROOT, attempt, compare, environment_for, pretrain, wait_until, write_run
 from tests.pretrain.watch.wandb_server import Server
 
@@ -112,7 +112,7 @@ def test_an_interrupted_call_leaves_things_whole_and_the_next_one_goes_on(tmp_pa
         server.ill = "slow"
         command = [sys.executable, "-m", "pretrain.cli", "wandb", "sync", str(folder)]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_ctrl_c)
         try:
             num_asked = len(server.asked)
             wait_until(lambda: "UpsertBucket" in server.asked[num_asked:])
