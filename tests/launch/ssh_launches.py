@@ -20,6 +20,7 @@ import psutil
 from configs.cluster import ClusterConfig
 from launch.hostfile import AGAIN_SCRIPT, render
 from launch.plan import ENVIRONMENT_FILE, NODE_SCRIPT, Code, LaunchPlan, node_environment, render_environment
+from tests.pretrain.verbs import hear_ctrl_c
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -143,6 +144,7 @@ class Launch:
                 stdout=printed,
                 stderr=printed,
                 start_new_session=True,
+                preexec_fn=hear_ctrl_c,
             )
 
     @property
